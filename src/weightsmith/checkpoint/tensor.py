@@ -1,0 +1,74 @@
+"""A tensor that has not been read yet."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from weightsmith.dtypes import DType
+
+Array = npt.NDArray[Any]
+
+
+class Tensor(ABC):
+    """A lazy tensor: its name, shape and dtype are known, its elements are read when asked for.
+
+    Attributes:
+        name: the name under which its checkpoint holds it.
+        shape: the lengths of its axes; ``()`` for a scalar.
+        dtype: the dtype of the elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Array:
+        """Read elements ``start`` to ``stop`` in row-major order.
+
+        Args:
+            start: flat index of the first element, ``0 <= start <= stop <= size``.
+            stop: flat index after the last element.
+
+        Returns:
+            An array ``[stop - start]`` of this tensor's dtype. It may be a read-only view; do not write to it.
+
+        Raises:
+            CheckpointError: if the file cannot be read, or ends before the tensor does.
+        """
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes that the elements take."""
+        return self.size * self.dtype.itemsize
+
+    def numpy(self) -> Array:
+        """Read the whole tensor: an array of this tensor's shape and dtype."""
+        return self.read(0, self.size).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+class ArrayTensor(Tensor):
+    """A tensor that lies in memory, for weights made in Python."""
+
+    def __init__(self, name: str, array: Array) -> None:
+        self.name = name
+        self.shape = array.shape
+        self.dtype = array.dtype
+        self._flat = np.ascontiguousarray(array).reshape(-1)
+
+    def read(self, start: int, stop: int) -> Array:
+        """See :meth:`Tensor.read`."""
+        return self._flat[start:stop]

@@ -1,0 +1,1 @@
+"""Runs a plan: reads blocks, computes, writes. Executors may differ; results do not."""

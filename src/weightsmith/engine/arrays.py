@@ -1,0 +1,68 @@
+"""Methods on arrays that lie in memory, for tests, notebooks and one's own scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from weightsmith.checkpoint.tensor import Array, ArrayTensor
+from weightsmith.dtypes import promote
+from weightsmith.engine.evaluate import Evaluator, blocks
+from weightsmith.engine.expression import Computed
+from weightsmith.engine.threads import ThreadMapper
+from weightsmith.methods.registry import get_method
+from weightsmith.methods.settings import complete
+
+
+def merge_arrays(
+    method: str,
+    models: Sequence[Array],
+    base: Array | None = None,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    name: str = "tensor",
+    labels: Sequence[str] = (),
+    block_size: int = 1 << 17,
+    threads: int = 1,
+) -> Array:
+    """Merge arrays of one shape by a method, as the engine merges tensors of files.
+
+    Args:
+        method: the method's name.
+        models: arrays of one shape, of any floating dtype.
+        base: the base's array, for methods that take one.
+        parameters: the method's parameters; per-model ones as sequences, or one value for all.
+        seed: seed of random methods.
+        name: the tensor's name, which random masks depend on.
+        labels: a name for each model, which random masks depend on; by default the positions.
+        block_size: elements to compute at a time; the result does not depend on it.
+        threads: how many threads compute; the result does not depend on it.
+
+    Returns:
+        The merged array, in the models' shape, float32 (float64 if an input is), not rounded further.
+
+    Raises:
+        MethodError: if the method does not take these parameters or this number of models.
+    """
+    chosen = get_method(method)
+    tensor = Computed(
+        name,
+        promote([array.dtype for array in models]),
+        chosen,
+        tuple(ArrayTensor(name, np.asarray(model)) for model in models),
+        None if base is None else ArrayTensor(name, np.asarray(base)),
+        parameters=complete(chosen, parameters or {}, len(models), has_base=base is not None),
+        labels=tuple(labels),
+        seed=seed,
+    )
+    evaluator = Evaluator()
+    with ThreadMapper(threads) as mapper:
+        evaluator.prepare(tensor, mapper)
+        stretches = blocks(tensor.size, tensor.columns, block_size)
+        parts = list(mapper(lambda part: evaluator.values(tensor, *part), stretches))
+    if not parts:
+        return np.zeros(tensor.shape, tensor.working)
+    return np.concatenate(parts).reshape(tensor.shape)

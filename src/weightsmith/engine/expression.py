@@ -1,0 +1,147 @@
+"""Tensors that are computed: a method applied to other tensors, which may be computed themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from weightsmith.checkpoint.tensor import Array, Tensor
+from weightsmith.dtypes import DType, working_dtype
+from weightsmith.methods.registry import Granularity, Method
+
+
+class Group:
+    """The computed tensors that share one statistic: a tensor by itself, a layer, or a whole model.
+
+    Members are added while a plan is made; after that a group does not change.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[Computed] = []
+
+    def add(self, member: Computed) -> None:
+        """Add the next tensor of the scope."""
+        self.members.append(member)
+
+    @property
+    def size(self) -> int:
+        """Number of elements in the scope."""
+        return sum(member.size for member in self.members)
+
+    def offset_of(self, member: Computed) -> int:
+        """Index of the member's first element in the scope."""
+        before = 0
+        for other in self.members:
+            if other is member:
+                return before
+            before += other.size
+        raise ValueError(f"{member.name} is not in this scope")
+
+
+class Computed(Tensor):
+    """The result of a method on one tensor of a base and of several models, all of one shape.
+
+    Attributes:
+        method: the method.
+        base: the base's tensor, or None.
+        models: the models' tensors.
+        labels: a stable name for each model: random masks depend on it.
+        parameters: the method's parameters, resolved for this tensor; per-model ones are tuples.
+        seed: the recipe's seed.
+        label: the name that random masks depend on; the tensor's name in the checkpoint it is part of.
+        group: the tensors that the method's statistic ranges over, this one among them.
+        rounds: whether an operation that takes this tensor as input sees it rounded to ``dtype``; otherwise it
+            sees the result as it was computed.
+        casts: a dtype to round inputs to before anything is computed (what mergekit's ``dtype`` does), or None.
+        working: the dtype of the arithmetic.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: DType,
+        method: Method,
+        models: tuple[Tensor, ...],
+        base: Tensor | None = None,
+        *,
+        parameters: Mapping[str, Any],
+        labels: tuple[str, ...] = (),
+        seed: int = 0,
+        group: Group | None = None,
+        rounds: bool = False,
+        casts: DType | None = None,
+    ) -> None:
+        self.name = name
+        self.shape = models[0].shape
+        self.dtype = dtype
+        self.method = method
+        self.base = base
+        self.models = models
+        self.parameters = parameters
+        self.labels = labels or tuple(str(i) for i in range(len(models)))
+        self.seed = seed
+        self.rounds = rounds
+        self.casts = casts
+        self.working = working_dtype([_working_of(tensor) for tensor in self.inputs])
+        self.group = group or Group()
+        self.group.add(self)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The base's tensor, if there is one, and the models'."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def reads(self) -> Granularity:
+        """What a block of this tensor must hold."""
+        return self.method.reads(self.parameters)
+
+    @property
+    def columns(self) -> int:
+        """Length of the vectors that may not be cut: 1 where any stretch of elements will do."""
+        return columns(self.shape, self.reads)
+
+    def read(self, start: int, stop: int) -> Array:
+        """See :meth:`Tensor.read`; the elements are computed."""
+        from weightsmith.engine.evaluate import Evaluator
+        from weightsmith.kernels.convert import narrow
+
+        return narrow(Evaluator().values(self, start, stop), self.dtype)
+
+
+def columns(shape: tuple[int, ...], reads: Granularity) -> int:
+    """Return the length of the vectors of a tensor that a block may not cut.
+
+    Args:
+        shape: the tensor's shape.
+        reads: what a block must hold.
+    """
+    size = 1
+    for length in shape:
+        size *= length
+    if reads == "elements":
+        return 1
+    if reads == "tensor" or len(shape) < 2:
+        return max(size, 1)
+    return max(shape[-1] if reads == "rows" else size // max(shape[0], 1), 1)
+
+
+def computed_within(tensor: Tensor) -> Iterator[Computed]:
+    """Yield every computed tensor that this one rests on, inputs before what is computed from them."""
+    if isinstance(tensor, Computed):
+        for part in tensor.inputs:
+            yield from computed_within(part)
+        yield tensor
+
+
+def stored_within(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield every tensor that is read, not computed, to make this one."""
+    if isinstance(tensor, Computed):
+        for part in tensor.inputs:
+            yield from stored_within(part)
+    else:
+        yield tensor
+
+
+def _working_of(tensor: Tensor) -> DType:
+    return tensor.working if isinstance(tensor, Computed) else tensor.dtype

@@ -1,0 +1,71 @@
+"""Histograms of bit patterns, for exact selection by rank.
+
+The pattern of a non-negative IEEE float, read as an unsigned integer, orders as the float does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Histogram = npt.NDArray[np.int64]
+_BINS = 1 << 16
+
+
+def histograms(arrays: Sequence[Any], prefixes: Sequence[int], level: int) -> tuple[int, list[Histogram]]:
+    """Count, for each array, the elements whose leading bits equal its prefix, by their next 16 bits.
+
+    Args:
+        arrays: float32 or float64 arrays of non-negative numbers.
+        prefixes: the leading ``16 * level`` bits, per array.
+        level: how many times 16 bits are known.
+
+    Returns:
+        The width of the patterns in bits (32 or 64), and one histogram of 65,536 counts per array.
+    """
+    flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
+    unsigned = np.uint32 if flat[0].dtype.itemsize == 4 else np.uint64
+    width = flat[0].dtype.itemsize * 8
+    shift = width - 16 * (level + 1)
+    counted = []
+    for values, prefix in zip(flat, prefixes, strict=True):
+        patterns = values.view(unsigned)
+        leading = patterns >> unsigned(shift)
+        if level:
+            leading = leading[(leading >> unsigned(16)) == unsigned(prefix)]
+        digits = (leading & unsigned(_BINS - 1)).astype(np.int64)
+        counted.append(np.bincount(digits, minlength=_BINS))
+    return width, counted
+
+
+def add(one: tuple[int, list[Histogram]], other: tuple[int, list[Histogram]]) -> tuple[int, list[Histogram]]:
+    """Add two results of :func:`histograms`."""
+    return one[0], [a + b for a, b in zip(one[1], other[1], strict=True)]
+
+
+def bucket(histogram: Histogram, wanted: int) -> tuple[int, int, int]:
+    """Find the bin in which the wanted-th largest element lies.
+
+    Args:
+        histogram: counts by digit.
+        wanted: rank from the top, counted from 1; 0 gives the topmost bin.
+
+    Returns:
+        The digit, the rank that remains within its bin, and the count in the bin.
+    """
+    from_top = np.cumsum(histogram[::-1])
+    place = int(np.searchsorted(from_top, max(wanted, 1)))
+    place = min(place, _BINS - 1)
+    above = int(from_top[place - 1]) if place else 0
+    digit = _BINS - 1 - place
+    return digit, wanted - above, int(histogram[digit])
+
+
+def value_of(pattern: int, width: int) -> float:
+    """Return the float whose bit pattern this is."""
+    if width == 32:
+        return float(np.uint32(pattern).view(np.float32))
+    return float(np.uint64(pattern).view(np.float64))

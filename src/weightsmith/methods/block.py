@@ -1,0 +1,103 @@
+"""What a method sees: the same stretch of one tensor from every model.
+
+Nothing here imports NumPy, so that ``weightsmith methods`` can list every method without loading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+# An array of NumPy or of any namespace of the Python array API standard.
+Array = Any
+Stat = TypeVar("Stat")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over the blocks of a scope.
+
+    The blocks of a sweep are the same whatever the block size, the threads and the machine.
+
+    Attributes:
+        function: what to compute of each block.
+        combine: None, to be sent the list of all results, in the order of the blocks; or an exact,
+            associative and commutative function of two results (a sum of integers, not of floats), to be sent
+            a list of one, or an empty list where there are no blocks.
+        only: None for all blocks, or the index of the one block to visit.
+    """
+
+    function: Callable[[Block], Any]
+    combine: Callable[[Any, Any], Any] | None = None
+    only: int | None = None
+
+
+# A statistic of a whole tensor (or layer, or model) is computed by a generator. It yields a sweep, is sent the
+# list of results, may yield again, and returns the statistic in the end.
+Statistic = Generator[Sweep, list[Any], Stat]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a statistic ranges over.
+
+    Attributes:
+        size: number of elements in all tensors of the scope.
+        models: number of models, the base not counted.
+    """
+
+    size: int
+    models: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of one tensor from the base and from every model, in the working dtype (float32 or float64).
+
+    All arrays have one shape, which depends on what the method declares to read:
+
+    - ``elements``: ``[n]``, any n consecutive elements;
+    - ``rows``: ``[r, c]``, r whole vectors along the last axis (a 1-D tensor or a scalar is one row);
+    - ``filters``: ``[r, c]``, r whole slices along the first axis, flattened (a 1-D tensor is one slice);
+    - ``tensor``: the tensor's own shape, all of it.
+
+    Attributes:
+        base: the base's stretch, or None where there is no base.
+        models: one stretch per model, the base not among them.
+        start: index of the first element in the scope of the method's statistic: in the tensor, or, where the
+            scope is a layer or the model, in the sequence of all tensors of that scope.
+        draw: ``draw(i)`` gives uniform random numbers in [0, 1) for model i, float32, in the blocks' shape;
+            they depend on seed, tensor, model and element alone.
+    """
+
+    base: Array | None
+    models: tuple[Array, ...]
+    start: int
+    draw: Callable[[int], Array]
+
+    @cached_property
+    def deltas(self) -> tuple[Array, ...]:
+        """The task vectors: every model minus the base (the models themselves where there is no base)."""
+        if self.base is None:
+            return self.models
+        return tuple(model - self.base for model in self.models)
+
+    @cached_property
+    def xp(self) -> Any:
+        """The array namespace (NumPy, torch, ...) that the arrays belong to."""
+        from array_api_compat import array_namespace
+
+        return array_namespace(*self.models)
+
+    @cached_property
+    def positions(self) -> Array:
+        """Index of every element in the statistic's scope: int64, in the blocks' shape."""
+        shape = self.models[0].shape
+        size = 1
+        for length in shape:
+            size *= length
+        xp = self.xp
+        flat = xp.arange(self.start, self.start + size, dtype=xp.int64)
+        return xp.reshape(flat, shape)

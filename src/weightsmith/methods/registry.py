@@ -1,0 +1,403 @@
+"""The contract of a merge method, and the register of all of them.
+
+A method is one function on a :class:`~weightsmith.methods.block.Block`, decorated with :func:`method`. Its
+keyword parameters, their types, defaults and ranges are read from its signature; its page (``weightsmith
+methods NAME``) from its docstring.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from weightsmith.errors import MethodError, did_you_mean
+
+T = TypeVar("T")
+
+Granularity = Literal["elements", "rows", "filters", "tensor"]
+BasePolicy = Literal["required", "optional", "unused"]
+Property = Literal["idempotent", "symmetric", "translates", "removable"]
+TrimScope = Literal["tensor", "layer", "model"]
+
+# Importing a family registers its methods. A new family is added here and nowhere else.
+_FAMILIES = ("linear", "spherical", "deltas", "consensus", "selective", "stock")
+_ENTRY_POINTS = "weightsmith.methods"
+
+
+class _PerModel:
+    """Marks a parameter that has one value for each model."""
+
+
+PerModel = Annotated[tuple[T, ...], _PerModel()]
+"""``PerModel[float]``: one value for each model, passed to the method as a tuple."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """What a parameter means and which values it takes; used inside ``Annotated``.
+
+    Attributes:
+        description: one sentence for people.
+        minimum: the least value, or None.
+        maximum: the greatest value, or None.
+        exclusive: whether minimum and maximum themselves are excluded.
+    """
+
+    description: str
+    minimum: float | None = None
+    maximum: float | None = None
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as read from its signature."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    per_model: bool
+    required: bool
+    default: Any
+    about: Param
+    optional: bool = False
+
+    @property
+    def range_text(self) -> str:
+        """The values it takes, in words."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.kind is bool:
+            return "true, false"
+        low, high = self.about.minimum, self.about.maximum
+        if low is not None and high is not None:
+            left, right = ("(", ")") if self.about.exclusive else ("[", "]")
+            return f"{left}{low:g}, {high:g}{right}"
+        if low is not None:
+            return f"{'>' if self.about.exclusive else '>='} {low:g}"
+        if high is not None:
+            return f"{'<' if self.about.exclusive else '<='} {high:g}"
+        return "any number" if self.kind in (float, int) else "any text"
+
+    def check(self, value: Any) -> Any:
+        """Return the value in this parameter's type.
+
+        Raises:
+            MethodError: if the value is of another type or out of range. The message begins with the name.
+        """
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            if value not in self.choices:
+                hint = did_you_mean(str(value), self.choices)
+                raise MethodError(f"{self.name} is {value!r}{hint}; it takes one of {self.range_text}")
+            return value
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise MethodError(f"{self.name} is {value!r}; it takes true or false")
+            return value
+        if self.kind is str:
+            if not isinstance(value, str):
+                raise MethodError(f"{self.name} is {value!r}; it takes a text")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise MethodError(f"{self.name} is {value!r}; it takes a number")
+        if self.kind is int:
+            if value != int(value):
+                raise MethodError(f"{self.name} is {value!r}; it takes a whole number")
+            value = int(value)
+        else:
+            value = float(value)
+        low, high = self.about.minimum, self.about.maximum
+        outside = (low is not None and (value <= low if self.about.exclusive else value < low)) or (
+            high is not None and (value >= high if self.about.exclusive else value > high)
+        )
+        if outside:
+            raise MethodError(f"{self.name} is {value:g}; it must be in {self.range_text}")
+        return value
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and all that it declares about itself.
+
+    Attributes:
+        name: the name recipes use.
+        function: ``function(block, **parameters)``, or ``function(block, statistic, **parameters)`` where the
+            method has a statistic; returns an array of the blocks' shape.
+        description: the docstring.
+        source: the paper or tool the method comes from.
+        base: whether it needs a base, can use one, or has no use for one.
+        minimum: least number of models, the base not counted.
+        maximum: greatest number of models, or None.
+        parameters: by name, in order.
+        reads: parameters -> what a block must hold.
+        statistic: None, or ``statistic(scope, **parameters)``, a generator
+            (:data:`~weightsmith.methods.block.Statistic`); it is given those parameters that it names.
+        scope: name of the parameter that says what the statistic ranges over (``tensor``, ``layer`` or
+            ``model``), or None for the tensor.
+        random: whether it draws random numbers.
+        check: None, or a function that raises MethodError for parameters that do not go together.
+        properties: what the conformance battery may expect: ``idempotent`` (copies of one model give that
+            model, weights being equal and normalised), ``symmetric`` (order of models does not matter),
+            ``translates`` (a constant added to base and models is added to the result), ``removable``
+            (a model of weight 0 has no influence).
+        compat: tool name -> parameter values that restore that tool's behaviour.
+        example: parameters that show the method at work, for documentation and the battery; per-model ones
+            hold a single value.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    description: str
+    source: str
+    base: BasePolicy
+    minimum: int
+    maximum: int | None
+    parameters: Mapping[str, Parameter]
+    reads: Callable[[Mapping[str, Any]], Granularity]
+    statistic: Callable[..., Any] | None = None
+    statistic_parameters: tuple[str, ...] = ()
+    scope: str | None = None
+    random: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    properties: frozenset[Property] = frozenset()
+    compat: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the description."""
+        return self.description.split("\n", 1)[0]
+
+    def parameter(self, name: str) -> Parameter:
+        """Return the parameter of that name.
+
+        Raises:
+            MethodError: if there is none; the nearest known one is suggested.
+        """
+        found = self.parameters.get(name)
+        if found is None:
+            known = ", ".join(self.parameters) or "none"
+            raise MethodError(
+                f"method {self.name!r} has no parameter {name!r}{did_you_mean(name, self.parameters)}; "
+                f"it takes: {known}"
+            )
+        return found
+
+    def call(self, block: Any, statistic: Any, parameters: Mapping[str, Any]) -> Any:
+        """Run the method on one block. Parameter names that are Python keywords are adapted here."""
+        arguments = {_python_name(name): value for name, value in parameters.items()}
+        if self.statistic is None:
+            return self.function(block, **arguments)
+        return self.function(block, statistic, **arguments)
+
+    def start_statistic(self, scope: Any, parameters: Mapping[str, Any]) -> Any:
+        """Start the statistic's generator with the parameters that it names."""
+        if self.statistic is None:
+            raise MethodError(f"method {self.name!r} has no statistic")
+        return self.statistic(
+            scope, **{_python_name(name): parameters[name] for name in self.statistic_parameters}
+        )
+
+
+_METHODS: dict[str, Method] = {}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def method(
+    name: str | None = None,
+    *,
+    base: BasePolicy = "unused",
+    minimum: int = 1,
+    maximum: int | None = None,
+    reads: Granularity | Callable[[Mapping[str, Any]], Granularity] = "elements",
+    statistic: Callable[..., Any] | None = None,
+    scope: str | None = None,
+    random: bool = False,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+    properties: Iterable[Property] = (),
+    source: str = "",
+    compat: Mapping[str, Mapping[str, Any]] | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> Callable[[Function], Function]:
+    """Register a function as a merge method. The function itself is returned unchanged.
+
+    See :class:`Method` for the meaning of the arguments; the name defaults to the function's.
+
+    Raises:
+        MethodError: if the function's signature cannot be a method's, or the name is taken by another function.
+    """
+
+    def decorate(function: Function) -> Function:
+        chosen = name or function.__name__
+        taken = _METHODS.get(chosen)
+        if taken is not None and not _same_function(taken.function, function):
+            raise MethodError(f"there is a method {chosen!r} already, from {taken.function.__module__}")
+        parameters = _parameters_of(function, chosen)
+        _METHODS[chosen] = Method(
+            name=chosen,
+            function=function,
+            description=inspect.getdoc(function) or "",
+            source=source,
+            base=base,
+            minimum=minimum,
+            maximum=maximum,
+            parameters=parameters,
+            reads=reads if callable(reads) else (lambda _: reads),
+            statistic=statistic,
+            statistic_parameters=_named_by(statistic, parameters, chosen),
+            scope=scope,
+            random=random,
+            check=check,
+            properties=frozenset(properties),
+            compat=compat or {},
+            example=example or {},
+        )
+        return function
+
+    return decorate
+
+
+def get_method(name: str) -> Method:
+    """Return the method of that name, from this package, a plugin or an installed entry point.
+
+    Raises:
+        MethodError: if there is no such method; the nearest known name is suggested.
+    """
+    _load_families()
+    if name not in _METHODS:
+        _load_entry_points()
+    found = _METHODS.get(name)
+    if found is None:
+        raise MethodError(
+            f"there is no method {name!r}{did_you_mean(name, _METHODS)}; "
+            "'weightsmith methods' lists them all"
+        )
+    return found
+
+
+def all_methods() -> dict[str, Method]:
+    """Return every method by name: those of this package first, in the order of their families."""
+    _load_families()
+    _load_entry_points()
+    return dict(_METHODS)
+
+
+def _load_families() -> None:
+    for family in _FAMILIES:
+        importlib.import_module(f"weightsmith.methods.{family}")
+
+
+def _load_entry_points() -> None:
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=_ENTRY_POINTS):
+        entry.load()
+
+
+def _same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    # A plugin file loaded twice defines its functions anew; that is not a clash of names.
+    return (one.__qualname__, inspect.getfile(one)) == (other.__qualname__, inspect.getfile(other))
+
+
+def _python_name(name: str) -> str:
+    return "lambda_" if name == "lambda" else name
+
+
+def _named_by(
+    statistic: Callable[..., Any] | None, parameters: Mapping[str, Parameter], name: str
+) -> tuple[str, ...]:
+    if statistic is None:
+        return ()
+    wanted = [
+        p.name.rstrip("_")
+        for p in inspect.signature(statistic).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    unknown = [w for w in wanted if w not in parameters]
+    if unknown:
+        raise MethodError(f"the statistic of {name!r} names {unknown[0]!r}, which the method does not take")
+    return tuple(wanted)
+
+
+def _parameters_of(function: Callable[..., Any], method_name: str) -> dict[str, Parameter]:
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = {}
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        if p.name not in hints:
+            raise MethodError(f"parameter {p.name!r} of method {method_name!r} has no type annotation")
+        found[p.name.rstrip("_")] = _parameter(p.name.rstrip("_"), hints[p.name], p.default, method_name)
+    return found
+
+
+def _parameter(name: str, hint: Any, default: Any, method_name: str) -> Parameter:
+    about, per_model = Param(""), False
+    if typing.get_origin(hint) is Annotated:
+        for note in hint.__metadata__:
+            about = note if isinstance(note, Param) else about
+            per_model = per_model or isinstance(note, _PerModel)
+        hint = hint.__origin__
+    if per_model:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is Annotated:
+        about = next((note for note in hint.__metadata__ if isinstance(note, Param)), about)
+        hint = hint.__origin__
+    parts = typing.get_args(hint)
+    optional = type(None) in parts
+    if optional:
+        hint = next(part for part in parts if part is not type(None))
+    choices = tuple(typing.get_args(hint)) if typing.get_origin(hint) is Literal else ()
+    kind = str if choices else hint
+    if kind not in (float, int, bool, str):
+        raise MethodError(
+            f"parameter {name!r} of method {method_name!r} is annotated {hint!r}; "
+            "use float, int, bool, str, a Literal of texts, or PerModel of one of these"
+        )
+    required = default is inspect.Parameter.empty
+    return Parameter(
+        name=name,
+        kind=kind,
+        choices=choices,
+        per_model=per_model,
+        required=required,
+        default=None if required else default,
+        about=about,
+        optional=optional,
+    )
+
+
+def load_plugin(path: str) -> list[Method]:
+    """Run a Python file that defines methods, and return the methods it added.
+
+    The file is a program and runs with all your rights: give only files you trust. Recipes cannot name one.
+
+    Raises:
+        MethodError: if the file does not exist, fails, or defines no method.
+    """
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    _load_families()
+    file = Path(path)
+    if not file.is_file():
+        raise MethodError(f"there is no file {path} to load methods from")
+    spec = spec_from_file_location("weightsmith_plugin_" + re.sub(r"\W", "_", file.stem), file)
+    if spec is None or spec.loader is None:
+        raise MethodError(f"{path} is not a Python file; methods are loaded from .py files")
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise MethodError(f"{path} failed while it was loaded: {type(error).__name__}: {error}") from error
+    added = [m for m in _METHODS.values() if inspect.getfile(m.function) == str(file)]
+    if not added:
+        raise MethodError(f"{path} defines no method: decorate a function with @weightsmith.method(...)")
+    return added
