@@ -54,8 +54,20 @@ class Evaluator:
     evaluator to the next by ``shared``. Safe to use from several threads.
     """
 
-    def __init__(self, shared: dict[int, Any] | None = None) -> None:
+    def __init__(
+        self,
+        shared: dict[int, Any] | None = None,
+        on_nonfinite: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """Start with nothing computed.
+
+        Args:
+            shared: id of a group -> its statistic.
+            on_nonfinite: called with the label of an input and a count where a block of it has values that
+                are NaN or infinite.
+        """
         self._shared = shared if shared is not None else {}
+        self._on_nonfinite = on_nonfinite
         self._statistics: dict[int, Any] = {}
         self._whole: dict[int, Array] = {}
         self._lock = threading.RLock()
@@ -120,9 +132,23 @@ class Evaluator:
             return self._whole[id(tensor)]
 
     def _call(self, tensor: Computed, statistic: Any, block: Block) -> Array:
+        if self._on_nonfinite is not None:
+            for part, label, values in zip(tensor.models, tensor.labels, block.models, strict=True):
+                self._report(part, label, values)
+            if tensor.base is not None:
+                self._report(tensor.base, "base", block.base)
         with np.errstate(all="ignore"):
             result = tensor.method.call(block, statistic, tensor.parameters)
         return np.asarray(result).reshape(-1).astype(tensor.working, copy=False)
+
+    def _report(self, part: Tensor, label: str, values: Any) -> None:
+        # A sum is the cheapest test: it is finite only if no value is NaN or infinite (or it overflowed).
+        with np.errstate(all="ignore"):
+            if isinstance(part, Computed) or np.isfinite(values.sum()):
+                return
+        count = values.size - int(np.count_nonzero(np.isfinite(values)))
+        if count and self._on_nonfinite is not None:
+            self._on_nonfinite(label, count)
 
     def block(self, tensor: Computed, start: int, stop: int, offset: int | None = None) -> Block:
         """Read the inputs of a computed tensor: what its method sees of elements ``start`` to ``stop``.

@@ -14,28 +14,26 @@ class Group:
     """The computed tensors that share one statistic: a tensor by itself, a layer, or a whole model.
 
     Members are added while a plan is made; after that a group does not change.
+
+    Attributes:
+        members: the tensors, in order.
+        size: number of elements in all of them.
     """
 
     def __init__(self) -> None:
         self.members: list[Computed] = []
+        self._offsets: dict[int, int] = {}
+        self.size = 0
 
     def add(self, member: Computed) -> None:
         """Add the next tensor of the scope."""
         self.members.append(member)
-
-    @property
-    def size(self) -> int:
-        """Number of elements in the scope."""
-        return sum(member.size for member in self.members)
+        self._offsets[id(member)] = self.size
+        self.size += member.size
 
     def offset_of(self, member: Computed) -> int:
         """Index of the member's first element in the scope."""
-        before = 0
-        for other in self.members:
-            if other is member:
-                return before
-            before += other.size
-        raise ValueError(f"{member.name} is not in this scope")
+        return self._offsets[id(member)]
 
 
 class Computed(Tensor):

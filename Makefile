@@ -1,0 +1,45 @@
+# `make quickstart` and `make test` on a fresh clone do all the set-up they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint types unit docs coverage benchmark clean
+
+# The core alone: what a person who merges models needs.
+$(VENV)/.core: requirements/core.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements/core.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Everything that tests, checks and docs need; torch first and pinned, or a CUDA build comes in its place.
+$(VENV)/.dev: $(VENV)/.core requirements/dev.txt
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements/dev.txt)
+	$(BIN)/pip install --quiet --requirement requirements/dev.txt
+	touch $@
+
+quickstart: $(VENV)/.core
+	$(BIN)/weightsmith quickstart
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --cov --cov-report=term:skip-covered
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python benchmarks/merge.py
+
+clean:
+	rm -rf $(VENV) site out quickstart .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,83 @@
+"""weightsmith works on the weights of trained neural networks: weights in, weights out.
+
+>>> import weightsmith as ws
+>>> base, code, maths = ws.open("base"), ws.open("code"), ws.open("maths")      # doctest: +SKIP
+>>> merged = ws.merge("ties", [code, maths], base=base, weight=[0.5, 0.5], density=0.4)  # doctest: +SKIP
+>>> print(merged.to_yaml())                                                     # doctest: +SKIP
+>>> merged.save("out")                                                          # doctest: +SKIP
+
+Nothing is read but headers until a checkpoint is saved, or a tensor's elements are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from weightsmith.api import average, diff, merge, merge_recipe, open, plan, save
+    from weightsmith.checkpoint.checkpoint import Checkpoint
+    from weightsmith.engine.arrays import merge_arrays
+    from weightsmith.errors import WeightsmithError
+    from weightsmith.methods.block import Block, Scope, Sweep
+    from weightsmith.methods.registry import Param, PerModel, method
+    from weightsmith.recipe.load import load_recipe
+    from weightsmith.recipe.schema import Recipe
+
+# Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
+_HOMES = {
+    "Block": "weightsmith.methods.block",
+    "Checkpoint": "weightsmith.checkpoint.checkpoint",
+    "Param": "weightsmith.methods.registry",
+    "PerModel": "weightsmith.methods.registry",
+    "Recipe": "weightsmith.recipe.schema",
+    "Scope": "weightsmith.methods.block",
+    "Sweep": "weightsmith.methods.block",
+    "WeightsmithError": "weightsmith.errors",
+    "average": "weightsmith.api",
+    "diff": "weightsmith.api",
+    "load_recipe": "weightsmith.recipe.load",
+    "merge": "weightsmith.api",
+    "merge_arrays": "weightsmith.engine.arrays",
+    "merge_recipe": "weightsmith.api",
+    "method": "weightsmith.methods.registry",
+    "open": "weightsmith.api",
+    "plan": "weightsmith.api",
+    "save": "weightsmith.api",
+}
+
+__all__ = [
+    "Block",
+    "Checkpoint",
+    "Param",
+    "PerModel",
+    "Recipe",
+    "Scope",
+    "Sweep",
+    "WeightsmithError",
+    "__version__",
+    "average",
+    "diff",
+    "load_recipe",
+    "merge",
+    "merge_arrays",
+    "merge_recipe",
+    "method",
+    "open",
+    "plan",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
+    # Not kept in the module's globals: importing the package weightsmith.plan would take the name anyway.
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,214 @@
+"""The operations in Python: each takes checkpoints and gives a checkpoint, and moves no byte until it is saved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.checkpoint import open_checkpoint
+from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.engine.executor import Summary
+from weightsmith.engine.plan import Plan
+from weightsmith.errors import MethodError, RecipeError
+from weightsmith.methods.registry import get_method
+from weightsmith.plan.compile import compile_recipe
+from weightsmith.plan.merged import LazyCheckpoint
+from weightsmith.recipe.dump import to_yaml
+from weightsmith.recipe.load import load_recipe
+from weightsmith.recipe.schema import ModelInput, Recipe
+
+if TYPE_CHECKING:
+    from weightsmith.comparison import Comparison
+
+Source = str | os.PathLike[str] | Checkpoint
+
+
+def open(reference: str | os.PathLike[str]) -> Checkpoint:
+    """Open a model, an adapter, or any file or folder of weights, reading headers only.
+
+    Args:
+        reference: a folder, a file, ``org/name`` on a model hub, an fsspec URL such as ``s3://…``, each with
+            ``@revision`` and ``+adapter`` where they apply.
+
+    Raises:
+        CheckpointError: if there is nothing there that can be read as a checkpoint.
+        UnsafeFileError: if a file asks for something that no file of weights should ask for.
+    """
+    return open_checkpoint(reference)
+
+
+def merge(
+    method: str,
+    models: Sequence[Source],
+    base: Source | None = None,
+    *,
+    dtype: str | None = None,
+    out_dtype: str | None = None,
+    seed: int = 0,
+    compat: str | None = None,
+    tokenizer_source: str | None = None,
+    chat_template: str | None = None,
+    on_missing: str = "error",
+    on_shape_mismatch: str = "error",
+    **parameters: Any,
+) -> LazyCheckpoint:
+    """Merge models, lazily.
+
+    Args:
+        method: a method's name; ``weightsmith methods`` lists them.
+        models: references, opened checkpoints, or merges that were not saved.
+        base: the base, for methods that work on task vectors.
+        dtype: dtype of the output; by default that of the inputs.
+        out_dtype: dtype of the output where ``dtype`` is to mean something else (see the recipe reference).
+        seed: seed of random methods.
+        compat: ``"mergekit"`` to restore that tool's numbers where it departs from the published method.
+        tokenizer_source: ``"base"`` or one of the models: whose tokenizer the output takes.
+        chat_template: ``"auto"``, a known format's name, or a Jinja template.
+        on_missing: what to do with tensors that some inputs lack: ``error``, ``base``, ``first`` or ``skip``.
+        on_shape_mismatch: what to do with tensors of different shape: ``error``, ``base`` or ``first``.
+        **parameters: the method's parameters (``lambda_`` for ``lambda``). For one that has a value per model,
+            a list with one entry per model, or one value for all; any value may be a schedule over layers
+            (a list) or a list of conditions, as in a recipe.
+
+    Returns:
+        A checkpoint whose tensors are computed when they are read; ``.save(path)`` writes it.
+
+    Raises:
+        MethodError: if the method is unknown or does not take these parameters.
+        PlanError: if the models cannot be merged so.
+    """
+    inputs = _Inputs()
+    references = [inputs.reference(model) for model in models]
+    base_reference = None if base is None else inputs.reference(base)
+    shared, own = _divide(method, parameters, len(models))
+    recipe = Recipe.model_validate(
+        {
+            "merge_method": method,
+            "models": [
+                ModelInput(model=reference, parameters=settings)
+                for reference, settings in zip(references, own, strict=True)
+            ],
+            "base_model": base_reference,
+            "parameters": shared,
+            "dtype": dtype,
+            "out_dtype": out_dtype,
+            "seed": seed,
+            "compat": compat,
+            "tokenizer_source": tokenizer_source,
+            "chat_template": chat_template,
+            "on_missing": on_missing,
+            "on_shape_mismatch": on_shape_mismatch,
+            "steps": inputs.steps,
+        }
+    )
+    return compile_recipe(recipe, inputs.opened)
+
+
+def average(models: Sequence[Source], weights: Sequence[float] | None = None) -> LazyCheckpoint:
+    """Average models: the mean of their weights, or the weighted mean.
+
+    Args:
+        models: references or checkpoints.
+        weights: one number per model; they are divided by their sum. By default all are equal.
+    """
+    return merge("linear", models, weight=list(weights) if weights is not None else 1.0)
+
+
+def merge_recipe(recipe: Recipe | str | os.PathLike[str]) -> LazyCheckpoint:
+    """Make the checkpoint that a recipe describes, lazily.
+
+    Args:
+        recipe: a recipe, a path of a YAML file, or the YAML itself.
+    """
+    return compile_recipe(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+
+
+def plan(recipe: Recipe | str | os.PathLike[str]) -> Plan:
+    """Return what a recipe would do: every output tensor, its place, its inputs, and the bytes and memory."""
+    return merge_recipe(recipe).plan()
+
+
+def save(checkpoint: Checkpoint, target: str | os.PathLike[str], **options: Any) -> Summary:
+    """Write a checkpoint as safetensors in the transformers layout.
+
+    Args:
+        checkpoint: any checkpoint, lazy or opened; one of PyTorch pickles is converted by this.
+        target: the folder to make, or a path ending in ``.safetensors``.
+        **options: see :meth:`weightsmith.plan.merged.LazyCheckpoint.save`.
+    """
+    lazy = checkpoint if isinstance(checkpoint, LazyCheckpoint) else merge("passthrough", [checkpoint])
+    return lazy.save(target, **options)
+
+
+def diff(one: Source, other: Source) -> Comparison:
+    """Compare two checkpoints, tensor by tensor.
+
+    Args:
+        one: a reference or a checkpoint: A.
+        other: a reference or a checkpoint: B.
+    """
+    from weightsmith.comparison import compare
+
+    return compare(_opened(one), _opened(other))
+
+
+def _opened(source: Source) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
+
+
+class _Inputs:
+    """Gives every model of a merge the text by which its recipe names it."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, Checkpoint] = {}
+        self.steps: dict[str, Recipe] = {}
+
+    def reference(self, source: Source) -> str:
+        if not isinstance(source, Checkpoint):
+            return os.fspath(source)
+        if isinstance(source, LazyCheckpoint) and source.recipe is not None:
+            return self._step(source, source.recipe)
+        known = self.opened.setdefault(source.name, source)
+        if known is not source:
+            raise RecipeError(f"two different checkpoints are named {source.name!r}; give one another name")
+        return source.name
+
+    def _step(self, source: LazyCheckpoint, recipe: Recipe) -> str:
+        for name, known in self.opened.items():
+            if known is source:
+                return name
+        for name, step in (recipe.steps or {}).items():
+            if self.steps.setdefault(name, step) != step:
+                raise RecipeError(f"two different steps are named {name!r}")
+        step = recipe.model_copy(update={"steps": {}, "name": None})
+        # Named by its content, so that one step used twice is one step and two different ones never clash.
+        digest = hashlib.blake2b(to_yaml(step).encode(), digest_size=4).hexdigest()
+        name = f"{recipe.merge_method}-{digest}"
+        self.steps[name] = step
+        self.opened[name] = source
+        return name
+
+
+def _divide(
+    method: str, parameters: Mapping[str, Any], models: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Split parameters into those for all models and those for each."""
+    known = get_method(method)
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in range(models)]
+    for given, value in parameters.items():
+        name = given.rstrip("_")
+        per_model = known.parameter(name).per_model
+        conditions = isinstance(value, Sequence) and any(isinstance(entry, Mapping) for entry in value)
+        if per_model and isinstance(value, Sequence) and not isinstance(value, str) and not conditions:
+            if len(value) != models:
+                raise MethodError(
+                    f"{name} has {len(value)} values for {models} models; give one for each, or one for all"
+                )
+            for settings, entry in zip(own, value, strict=True):
+                settings[name] = entry
+        else:
+            shared[name] = value
+    return shared, own

@@ -1,0 +1,330 @@
+"""Carries a plan out on a pool of threads: every block is written at its final place, in any order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightsmith.checkpoint.layout import Shard
+from weightsmith.checkpoint.tensor import Array
+from weightsmith.engine.evaluate import Evaluator, blocks, run_statistic
+from weightsmith.engine.expression import Computed, computed_within
+from weightsmith.engine.journal import Journal
+from weightsmith.engine.plan import BLOCK, Plan, Task
+from weightsmith.engine.progress import ProgressListener, Silent
+from weightsmith.engine.threads import ThreadMapper
+from weightsmith.errors import Interrupted, OutputError
+from weightsmith.kernels.convert import largest_finite, narrow
+
+# A tensor up to this size is the work of one thread; a larger one is shared by all.
+_SMALL = 1 << 20
+# Seconds between two syncs of finished tensors to disk and journal.
+_JOURNAL_EVERY = 5.0
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """Values that are NaN or infinite.
+
+    Attributes:
+        tensor: name of the tensor in the output.
+        where: ``result``, or the model whose tensor holds them.
+        count: how many there are.
+    """
+
+    tensor: str
+    where: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+        target: the folder or file that was made.
+        tensors: tensors in it.
+        resumed: how many of them an earlier, unfinished run had made.
+        nbytes: bytes of its weights.
+        seconds: wall time.
+        nonfinite: where NaN and infinity were met.
+        warnings: what a person should know.
+    """
+
+    target: Path
+    tensors: int
+    resumed: int
+    nbytes: int
+    seconds: float
+    nonfinite: tuple[NonFinite, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def execute(
+    plan: Plan,
+    folder: Path,
+    journal: Journal,
+    *,
+    threads: int,
+    listener: ProgressListener | None = None,
+) -> tuple[NonFinite, ...]:
+    """Write the weights of a plan into a folder.
+
+    Args:
+        plan: the plan.
+        folder: the staging folder; files that an earlier run began are continued.
+        journal: the run's journal; tensors it holds are not computed again.
+        threads: how many threads to use.
+        listener: told of progress.
+
+    Returns:
+        Where NaN and infinity were met.
+
+    Raises:
+        Interrupted: on Ctrl-C; finished tensors are in the journal.
+        OutputError: if the disk is full or a file cannot be written.
+        CheckpointError: if an input cannot be read.
+    """
+    check_space(plan, folder)
+    pending = [task for task in plan.tasks if task.name not in journal.finished]
+    done = sum(task.nbytes for task in plan.tasks) - sum(task.nbytes for task in pending)
+    run = _Run(plan, folder, journal, listener or Silent())
+    run.listener.start(done + sum(task.nbytes for task in pending), len(plan.tasks), done)
+    try:
+        with run.open_files(), ThreadMapper(threads) as mapper:
+            try:
+                run.work(pending, mapper)
+            except KeyboardInterrupt:
+                run.stopping.set()
+                raise Interrupted(
+                    "stopped; what is finished is kept, and the same command goes on from there"
+                ) from None
+            except BaseException:
+                run.stopping.set()
+                raise
+    except OSError as error:
+        raise OutputError(_os_error_text(error, folder)) from error
+    finally:
+        run.listener.finish()
+    return run.nonfinite()
+
+
+def check_space(plan: Plan, folder: Path) -> None:
+    """Check that the disk has room for what a plan has still to write.
+
+    Raises:
+        OutputError: if it has not; the message gives both numbers.
+    """
+    present = sum(_allocated(folder / shard.path) for shard in plan.layout.shards)
+    needed = plan.bytes_written - present
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise OutputError(
+            f"the disk of {folder.parent.parent} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are "
+            "needed; free some space or choose another target"
+        )
+
+
+class _Run:
+    """The state of one execution: open files, finished tensors, counts of non-finite values."""
+
+    def __init__(self, plan: Plan, folder: Path, journal: Journal, listener: ProgressListener) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.journal = journal
+        self.listener = listener
+        self.stopping = threading.Event()
+        self.shared: dict[int, Any] = {}
+        self._files: list[int] = []
+        self._finished: list[Task] = []
+        self._lock = threading.Lock()
+        self._nonfinite: dict[tuple[str, str], int] = {}
+
+    @contextlib.contextmanager
+    def open_files(self) -> Iterator[None]:
+        """Open every shard, and sync finished tensors to the journal every few seconds and at the end."""
+        flusher = threading.Thread(target=self._flush_regularly, name="weightsmith-journal", daemon=True)
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+        try:
+            for shard in self.plan.layout.shards:
+                self._files.append(_open_shard(self.folder, shard))
+            flusher.start()
+            try:
+                yield
+            finally:
+                self._ended.set()
+                flusher.join()
+                self._flush()
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            for handle in self._files:
+                os.close(handle)
+            self._files = []
+
+    def work(self, tasks: Iterable[Task], mapper: ThreadMapper) -> None:
+        """Do the tasks: small ones whole, one a thread; large ones one after the other, on all threads."""
+        tasks = list(tasks)
+        self._prepare_groups(tasks, mapper)
+        pending: deque[Future[None]] = deque()
+        for task in tasks:
+            if _is_small(task):
+                pending.append(mapper.submit(self._do, task, map))
+                if len(pending) >= 4 * mapper.threads:
+                    pending.popleft().result()
+            else:
+                self._do(task, mapper)
+            if self._failure is not None:
+                break
+        while pending:
+            pending.popleft().result()
+
+    def nonfinite(self) -> tuple[NonFinite, ...]:
+        """Return where NaN and infinity were met, in the order of the output's tensors."""
+        order = {task.name: place for place, task in enumerate(self.plan.tasks)}
+        found = [NonFinite(tensor, where, n) for (tensor, where), n in self._nonfinite.items()]
+        return tuple(sorted(found, key=lambda entry: (order[entry.tensor], entry.where)))
+
+    def _prepare_groups(self, tasks: list[Task], mapper: ThreadMapper) -> None:
+        """Compute the statistics that range over several tensors, before any of them is needed."""
+        for task in tasks:
+            for part in computed_within(task.tensor):
+                group = part.group
+                wanted = part.method.statistic is not None and len(group.members) > 1
+                if wanted and id(group) not in self.shared:
+                    self.shared[id(group)] = run_statistic(Evaluator(self.shared), group, mapper)
+
+    def _do(self, task: Task, mapper: Callable[..., Iterator[Any]]) -> None:
+        if self.stopping.is_set():
+            return
+        place = self.plan.place(task)
+        handle = self._files[place.shard]
+        tensor = task.tensor
+        evaluator = Evaluator(self.shared, lambda where, n: self._note(task.name, where, n))
+        carried = not isinstance(tensor, Computed) and task.dtype == tensor.dtype
+        exact = carried and not hasattr(tensor, "read_wide")
+        if not exact:
+            evaluator.prepare(tensor, mapper)
+        limit = None if exact else largest_finite(task.dtype)
+
+        def one(stretch: tuple[int, int]) -> None:
+            if self.stopping.is_set():
+                return
+            if exact:
+                values = tensor.read(*stretch)
+            else:
+                wide = evaluator.values(tensor, *stretch)
+                values = narrow(wide, task.dtype)
+                if limit is not None and not _all_within(wide, limit):
+                    self._note(task.name, "result", int(np.count_nonzero(~np.isfinite(values))))
+            _write_all(handle, values, place.offset + stretch[0] * task.dtype.itemsize)
+            self.listener.advance(values.nbytes)
+
+        vector = tensor.columns if isinstance(tensor, Computed) else 1
+        for _ in mapper(one, blocks(task.size, vector, BLOCK)):
+            pass
+        if self.stopping.is_set():
+            return
+        with self._lock:
+            self._finished.append(task)
+        self.listener.tensor_done(task.name)
+
+    def _note(self, tensor: str, where: str, count: int) -> None:
+        if count:
+            with self._lock:
+                key = (tensor, where)
+                self._nonfinite[key] = self._nonfinite.get(key, 0) + count
+
+    def _flush_regularly(self) -> None:
+        while not self._ended.wait(_JOURNAL_EVERY):
+            try:
+                self._flush()
+            except BaseException as error:
+                self._failure = error
+                self.stopping.set()
+                return
+
+    def _flush(self) -> None:
+        with self._lock:
+            finished, self._finished = self._finished, []
+        if finished:
+            for number in sorted({self.plan.place(task).shard for task in finished}):
+                os.fsync(self._files[number])
+            self.journal.record([task.name for task in finished])
+
+
+def _is_small(task: Task) -> bool:
+    return task.size <= _SMALL
+
+
+def _all_within(values: Array, limit: float) -> bool:
+    return values.size == 0 or bool(np.max(np.abs(values)) <= limit)
+
+
+def _open_shard(folder: Path, shard: Shard) -> int:
+    """Open a shard for writing, at its full length, with its header in place."""
+    path = folder / shard.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if os.fstat(handle).st_size != shard.nbytes:
+            os.ftruncate(handle, shard.nbytes)
+        _reserve(handle, shard.nbytes)
+        _write_all(handle, np.frombuffer(shard.header, np.uint8), 0)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _reserve(handle: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(handle, 0, nbytes)
+    except OSError as error:
+        # Some filesystems cannot reserve; there a full disk shows itself at the write.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _write_all(handle: int, values: Array, offset: int) -> None:
+    left = memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1))
+    while left:
+        written = os.pwrite(handle, left, offset)
+        offset += written
+        left = left[written:]
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _os_error_text(error: OSError, folder: Path) -> str:
+    target = folder.parent.name.removeprefix(".").removesuffix(".weightsmith")
+    if error.errno == errno.ENOSPC:
+        return (
+            f"the disk is full; what is finished is kept in {folder.parent}: free some space, and the same "
+            "command goes on from there"
+        )
+    return f"cannot write {target}: {error.strerror or error}"
+

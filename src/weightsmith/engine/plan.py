@@ -1,0 +1,155 @@
+"""A plan: every tensor of an output, where its bytes go and what they are computed from. Plain data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from weightsmith import dtypes
+from weightsmith.checkpoint.checkpoint import Identity
+from weightsmith.checkpoint.layout import Layout, Placement
+from weightsmith.checkpoint.tensor import Tensor
+from weightsmith.dtypes import DType
+from weightsmith.engine.evaluate import SWEEP
+from weightsmith.engine.expression import Computed, computed_within, stored_within
+
+# Elements computed at a time: with a few inputs and temporaries this fits a core's own cache.
+BLOCK = 1 << 17
+# What the interpreter, NumPy and the plan itself take, measured on a 300-tensor model.
+_RESIDENT = 90_000_000
+# Working arrays of a block beside its inputs: delta, magnitude, mask, random numbers, sum and result.
+_TEMPORARIES = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """One tensor of the output.
+
+    Attributes:
+        name: its name in the output.
+        dtype: its dtype in the output.
+        tensor: what it is: a stored tensor, which is carried, or a computed one.
+    """
+
+    name: str
+    dtype: DType
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.tensor.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.tensor.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the output."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run will do.
+
+    Attributes:
+        tasks: the output's tensors, in order.
+        layout: their places in the output's files.
+        identities: the input files.
+        sources: id of a stored tensor -> name of the checkpoint it belongs to.
+        recipe: the recipe as YAML.
+        warnings: what a person should know before running it.
+    """
+
+    tasks: tuple[Task, ...]
+    layout: Layout
+    identities: tuple[Identity, ...] = ()
+    sources: Mapping[int, str] = field(default_factory=dict)
+    recipe: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def place(self, task: Task) -> Placement:
+        """Return where a task's bytes go."""
+        return self.layout.placements[task.name]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements in the output."""
+        return sum(task.size for task in self.tasks)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all output files of weights."""
+        return self.layout.nbytes
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes of all input tensors that the output rests on, each counted once."""
+        return sum({id(t): t.nbytes for task in self.tasks for t in stored_within(task.tensor)}.values())
+
+    @cached_property
+    def methods(self) -> dict[str, int]:
+        """Method name -> number of tensors it is applied to; ``carried`` counts those that are copied."""
+        counts: Counter[str] = Counter()
+        for task in self.tasks:
+            names = [part.method.name for part in computed_within(task.tensor)]
+            counts.update(names or ["carried"])
+        return dict(counts)
+
+    def peak_memory(self, threads: int) -> int:
+        """Estimate the resident memory of a run with so many threads, in bytes."""
+        return _RESIDENT + threads * max((_task_memory(task) for task in self.tasks), default=0)
+
+    def to_json(self, threads: int) -> dict[str, Any]:
+        """Return the plan as JSON values; the order of tensors is that of the output."""
+        return {
+            "tensors": [self._task_json(task) for task in self.tasks],
+            "shards": [
+                {"file": shard.path, "nbytes": shard.nbytes, "tensors": len(shard.tensors)}
+                for shard in self.layout.shards
+            ],
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_memory": self.peak_memory(threads),
+            "parameters": self.parameters,
+            "methods": self.methods,
+            "warnings": list(self.warnings),
+        }
+
+    def _task_json(self, task: Task) -> dict[str, Any]:
+        place = self.place(task)
+        computed = isinstance(task.tensor, Computed)
+        return {
+            "name": task.name,
+            "shape": list(task.shape),
+            "dtype": dtypes.name_of(task.dtype),
+            "shard": self.layout.shards[place.shard].path,
+            "offset": place.offset,
+            "nbytes": place.nbytes,
+            "method": task.tensor.method.name if isinstance(task.tensor, Computed) else None,
+            "inputs": [
+                {"model": self.sources.get(id(tensor), ""), "tensor": tensor.name}
+                for tensor in stored_within(task.tensor)
+            ],
+            "parameters": _json(task.tensor.parameters) if computed else {},
+        }
+
+
+def _task_memory(task: Task) -> int:
+    """Estimate the bytes that one thread holds while it works on a task."""
+    held = 0
+    for part in computed_within(task.tensor):
+        whole = part.reads == "tensor"
+        elements = part.size if whole else max(min(part.size, max(BLOCK, SWEEP)), part.columns)
+        held += elements * part.working.itemsize * (len(part.inputs) + _TEMPORARIES)
+    return held or min(task.nbytes, BLOCK * 8)
+
+
+def _json(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}

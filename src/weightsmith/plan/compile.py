@@ -1,0 +1,242 @@
+"""From a recipe and the headers of its models to a lazy checkpoint. No weight is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith import dtypes
+from weightsmith.architecture import config as configs
+from weightsmith.architecture.stacks import analyse
+from weightsmith.card import model_card
+from weightsmith.checkpoint import open_checkpoint
+from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.companions import other_files, tokenizer_files
+from weightsmith.checkpoint.reference import parse_reference
+from weightsmith.errors import PlanError, RecipeError
+from weightsmith.methods.registry import Method, get_method
+from weightsmith.methods.settings import check_inputs
+from weightsmith.plan.maker import Maker
+from weightsmith.plan.merged import Beside, LazyCheckpoint
+from weightsmith.plan.naming import Naming, name_slots
+from weightsmith.plan.slots import Model, Settings
+from weightsmith.recipe.dump import to_yaml
+from weightsmith.recipe.schema import Recipe
+from weightsmith.tokenizer.chat_template import choose_template, read_template
+from weightsmith.tokenizer.vocabulary import read_vocabulary
+
+
+def compile_recipe(recipe: Recipe, opened: Mapping[str, Checkpoint] | None = None) -> LazyCheckpoint:
+    """Make the lazy checkpoint that a recipe describes.
+
+    Args:
+        recipe: the recipe; its steps are compiled where a model names them.
+        opened: reference -> a checkpoint that is open already.
+
+    Raises:
+        PlanError: if the recipe cannot be carried out on these models.
+        RecipeError: if a parameter is unknown to its method.
+        CheckpointError: if a model cannot be opened.
+        MethodError: if the method does not exist or cannot work on these models.
+    """
+    known: dict[str, Checkpoint] = dict(opened or {})
+
+    def find(reference: str) -> Checkpoint:
+        if reference not in known:
+            step = recipe.steps.get(reference) if recipe.steps else None
+            known[reference] = (
+                open_checkpoint(reference) if step is None else _compile_one(step, find, reference)
+            )
+        return known[reference]
+
+    return _compile_one(recipe, find, recipe.name or "merged")
+
+
+def _compile_one(recipe: Recipe, find: Callable[[str], Checkpoint], name: str) -> LazyCheckpoint:
+    method = get_method(recipe.merge_method)
+    _check_parameters(recipe, method)
+    naming = name_slots(recipe, _opener(find))
+    _check_models(recipe, method, naming)
+    maker = Maker(recipe, method)
+    made = {slot.name: maker.make(slot) for slot in naming.slots}
+    maker.finish()
+    tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
+    warnings = maker.warnings
+    written = {name: maker.dtype_of(tensor) for name, tensor in tensors.items()}
+    config = _config(recipe, naming, maker, tensors, written, warnings)
+    donor = naming.donor.checkpoint
+    tokenizer = _tokenizer_of(recipe, naming)
+    files = {
+        **other_files(donor.companions.files),
+        **tokenizer_files(tokenizer.checkpoint.companions.files),
+    }
+    _compare_vocabularies(naming, warnings)
+    template = choose_template(
+        recipe.chat_template, [read_template(model.checkpoint.companions.files) for model in naming.models]
+    )
+    steps = [one.checkpoint for one in naming.models if isinstance(one.checkpoint, LazyCheckpoint)]
+    for step in steps:
+        warnings += [f"step {step.name}: {warning}" for warning in step.warnings]
+    card = model_card(
+        to_yaml(recipe),
+        method=method.name,
+        source=method.source,
+        models=[model.reference for model in naming.models],
+        base=recipe.base_model,
+        config=config,
+    )
+    return LazyCheckpoint(
+        name,
+        tensors,
+        recipe=recipe,
+        companions=Companions(config, files),
+        beside=Beside(files, template, card),
+        inputs=[model.checkpoint for model in naming.models],
+        written=written,
+        warnings=list(dict.fromkeys(warnings)),
+        components=donor.components,
+    )
+
+
+def _opener(find: Callable[[str], Checkpoint]) -> Callable[[str], Model]:
+    models: dict[str, Model] = {}
+    used: dict[str, int] = {}
+
+    def open_model(reference: str) -> Model:
+        if reference not in models:
+            label = parse_reference(reference).short_name
+            used[label] = used.get(label, 0) + 1
+            if used[label] > 1:
+                label = f"{label}#{used[label]}"
+            models[reference] = Model(reference, label, find(reference))
+        return models[reference]
+
+    return open_model
+
+
+def _check_parameters(recipe: Recipe, method: Method) -> None:
+    """Refuse parameters that the method does not take, or that are given where they would have no effect."""
+
+    def check(settings: Settings | None, where: str, *, one_model: bool) -> None:
+        for name in settings or {}:
+            parameter = method.parameter(name)
+            if one_model and not parameter.per_model:
+                raise RecipeError(
+                    f"{where}: {name} of method {method.name!r} is one value for all models; "
+                    "give it under the parameters of the slice, the module or the merge"
+                )
+
+    check(recipe.parameters, "parameters", one_model=False)
+    holders: list[tuple[str, Any]] = [("", recipe)]
+    for name, module in (recipe.modules or {}).items():
+        check(module.parameters, f"modules.{name}.parameters", one_model=False)
+        holders.append((f"modules.{name}.", module))
+    for prefix, holder in holders:
+        for i, entry in enumerate(holder.models or ()):
+            check(entry.parameters, f"{prefix}models[{i}].parameters", one_model=True)
+        for i, piece in enumerate(holder.slices or ()):
+            check(piece.parameters, f"{prefix}slices[{i}].parameters", one_model=False)
+            for j, source in enumerate(piece.sources):
+                where = f"{prefix}slices[{i}].sources[{j}].parameters"
+                check(source.parameters, where, one_model=True)
+
+
+def _check_models(recipe: Recipe, method: Method, naming: Naming) -> None:
+    """Check the number of models, and that their weights are numbers a method can work on."""
+    for slot in naming.slots:
+        if not slot.carried:
+            with_base = method.base != "unused" and slot.base is not None
+            own = slot.base.model if with_base and slot.base else None
+            count = sum(one.model is not own for one in slot.models)
+            check_inputs(method, count, has_base=with_base)
+            break
+    for model in naming.models:
+        quantised = model.checkpoint.config.get("quantization_config")
+        if quantised and method.name != "passthrough":
+            kind = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else "quantised"
+            raise PlanError(
+                f"{model.reference} is quantised ({kind}): its tensors are codes, not weights, and cannot be "
+                "merged entry by entry; merge the model it was made from"
+            )
+        if model.checkpoint.is_adapter and not all(one.checkpoint.is_adapter for one in naming.models):
+            raise PlanError(
+                f"{model.reference} is an adapter, not a model; name it on its base: BASE+{model.reference}"
+            )
+
+
+def _config(
+    recipe: Recipe,
+    naming: Naming,
+    maker: Maker,
+    tensors: Mapping[str, Any],
+    written: Mapping[str, Any],
+    warnings: list[str],
+) -> dict[str, Any]:
+    config = dict(naming.donor.checkpoint.config)
+    if not config:
+        return config
+    architecture = analyse(naming.donor.checkpoint, config)
+    for restack in naming.restacks:
+        config, notes = configs.with_layers(config, restack.stack, restack.picked, architecture)
+        warnings += notes
+    if maker.untied & set(tensors) and configs.tied_embeddings(config):
+        config = configs.untie(config)
+        warnings.append("the head is no longer tied to the embeddings, because one of the models unties it")
+    floats = {dtype for dtype in written.values() if dtypes.is_float(dtype)}
+    if floats:
+        weights = {d: sum(tensors[n].size for n, w in written.items() if w == d) for d in floats}
+        config = configs.with_dtype(config, dtypes.name_of(max(weights, key=lambda dtype: weights[dtype])))
+    return config
+
+
+def _tokenizer_of(recipe: Recipe, naming: Naming) -> Model:
+    """Return the model whose tokenizer the result takes: the donor, or the one the recipe names."""
+    source = recipe.tokenizer_source
+    if recipe.tokenizer is not None:
+        source = recipe.tokenizer.source
+        if recipe.tokenizer.tokens or recipe.tokenizer.pad_to_multiple_of:
+            raise PlanError(
+                "tokenizer.tokens and tokenizer.pad_to_multiple_of rebuild embeddings token by token, which "
+                "this version does not do yet; take one model's tokenizer with tokenizer_source"
+            )
+    if source is None:
+        return naming.donor
+    if source == "union":
+        raise PlanError(
+            "tokenizer_source: union is not supported yet; take one model's tokenizer: base, or a model's name"
+        )
+    if source == "base":
+        if recipe.base_model is None:
+            raise PlanError("tokenizer_source: base needs a base_model")
+        return naming.donor
+    for model in naming.models:
+        if model.reference == source:
+            return model
+    names = ", ".join(model.reference for model in naming.models)
+    raise PlanError(f"tokenizer_source {source!r} is none of the models that are merged: {names}")
+
+
+def _compare_vocabularies(naming: Naming, warnings: list[str]) -> None:
+    """Warn where models number their tokens differently: merging their embeddings mixes different tokens."""
+    first: dict[str, int] | None = None
+    owner = ""
+    same: set[bytes] = set()
+    for model in naming.models:
+        file = model.checkpoint.companions.files.get("tokenizer.json")
+        content = Path(file).read_bytes() if file is not None else None
+        if content is None or content in same:
+            continue
+        vocabulary = read_vocabulary(model.checkpoint.companions.files)
+        if vocabulary is None:
+            continue
+        if first is None:
+            first, owner = vocabulary, model.reference
+        else:
+            differing = sum(vocabulary.get(token, -1) != place for token, place in first.items())
+            if differing:
+                warnings.append(
+                    f"{model.reference} numbers {differing} of {owner}'s {len(first)} tokens differently or "
+                    "lacks them; rows of embeddings are merged by number, not by token"
+                )
+        same.add(content)

@@ -1,0 +1,328 @@
+"""From a recipe's models, slices and modules to slots: which tensor of which model goes where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from weightsmith.architecture.stacks import Architecture, Stack, analyse
+from weightsmith.architecture.towers import match_tower, tower
+from weightsmith.errors import PlanError
+from weightsmith.plan.slots import Contribution, Model, Settings, Slot, union
+from weightsmith.recipe.schedule import Place
+from weightsmith.recipe.schema import ModelInput, Recipe, Slice
+
+Open = Callable[[str], Model]
+
+
+@dataclass(frozen=True)
+class Restack:
+    """A stack of layers that slices put together anew.
+
+    Attributes:
+        stack: the donor's stack.
+        picked: for every output layer, the index of the donor's layer whose per-layer settings it takes.
+    """
+
+    stack: Stack
+    picked: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """All slots of a merge.
+
+    Attributes:
+        slots: the output's tensors, in order.
+        donor: the model whose config, tokenizer and carried tensors the output takes: the base, or else the
+            first model that the recipe lists.
+        models: every model that takes part, the donor first.
+        restacks: the stacks whose layers were chosen by slices.
+    """
+
+    slots: tuple[Slot, ...]
+    donor: Model
+    models: tuple[Model, ...]
+    restacks: tuple[Restack, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The whole model, or one module of it, seen under names without the module's prefix."""
+
+    donor: Model
+    module: str | None
+    prefix: str
+    names: tuple[str, ...]
+    levels: tuple[Settings, ...]
+    prefixes: dict[int, str] = field(default_factory=dict)
+
+    def name_in(self, model: Model, name: str) -> str:
+        """Return what a model calls the tensor that this part calls ``name``."""
+        return self.prefixes.get(id(model), self.prefix) + name
+
+    def seen(self, model: Model) -> dict[str, str]:
+        """Return the model's names within this part -> its own names."""
+        prefix = self.prefixes.get(id(model), self.prefix)
+        return {name.removeprefix(prefix): name for name in model.checkpoint if name.startswith(prefix)}
+
+
+def name_slots(recipe: Recipe, open_model: Open) -> Naming:
+    """Find out which tensors the output has and what each is made from.
+
+    Args:
+        recipe: the recipe of one merge.
+        open_model: gives the model of a reference; the same object for the same reference.
+
+    Raises:
+        PlanError: if layer ranges, modules or stacks do not fit the models.
+    """
+    base = open_model(recipe.base_model) if recipe.base_model else None
+    listed = [open_model(reference) for reference in _references(recipe)]
+    donor = base or listed[0]
+    models = tuple(dict.fromkeys([donor, *listed]))
+    top = recipe.parameters or {}
+    if recipe.modules:
+        slots, restacks = _name_modules(recipe, donor, base, open_model)
+        return Naming(tuple(slots), donor, models, tuple(restacks))
+    part = _Part(donor, None, "", tuple(donor.checkpoint), (top,))
+    if recipe.slices:
+        slots, restack = _name_slices(part, recipe.slices, base, open_model)
+        return Naming(tuple(slots), donor, models, (restack,))
+    slots = _name_models(part, recipe.models or (), base, open_model)
+    return Naming(tuple(slots), donor, models)
+
+
+def _references(recipe: Recipe) -> Iterable[str]:
+    for holder in [recipe, *(recipe.modules or {}).values()]:
+        for entry in holder.models or ():
+            yield entry.model
+        for piece in holder.slices or ():
+            for source in piece.sources:
+                yield source.model
+
+
+def _name_models(
+    part: _Part, inputs: Sequence[ModelInput], base: Model | None, open_model: Open
+) -> list[Slot]:
+    models = [(open_model(entry.model), entry.parameters or {}) for entry in inputs]
+    everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in models)]))
+    names = union(*(part.seen(model) for model in everyone))
+    architecture = analyse(names, part.donor.checkpoint.config)
+    slots = []
+    for name in names:
+        layer, position, stack = _whereabouts(architecture, name)
+        slots.append(
+            Slot(
+                Place(part.prefix + name, layer, position, part.module),
+                tuple(Contribution(model, part.name_in(model, name), own) for model, own in models),
+                Contribution(base, part.name_in(base, name)) if base else None,
+                part.levels,
+                stack=stack,
+            )
+        )
+    return slots
+
+
+def _whereabouts(architecture: Architecture, name: str) -> tuple[int | None, float | None, str]:
+    """Return a tensor's layer (counted from 0), its position in [0, 1] among the layers, and its stack."""
+    place = architecture.locate(name)
+    if place is None:
+        return None, None, ""
+    layer = place.stack.indices.index(place.index) if not _plain(place.stack) else place.index
+    last = len(place.stack.indices) - 1
+    return layer, layer / last if last else 1.0, place.stack.prefix
+
+
+def _plain(stack: Stack) -> bool:
+    return stack.indices[0] == 0 and stack.indices[-1] == len(stack.indices) - 1
+
+
+def _name_slices(
+    part: _Part, slices: Sequence[Slice], base: Model | None, open_model: Open
+) -> tuple[list[Slot], Restack]:
+    architectures: dict[int, tuple[Architecture, Stack]] = {}
+
+    def of(model: Model) -> tuple[Architecture, Stack]:
+        if id(model) not in architectures:
+            found = analyse(part.seen(model), model.checkpoint.config)
+            architectures[id(model)] = (found, _only_stack(found, model, part.module))
+        return architectures[id(model)]
+
+    donor_architecture, donor_stack = of(part.donor)
+    slots: list[Slot] = []
+    picked: list[int] = []
+    for number, piece in enumerate(slices):
+        slice_base = open_model(piece.base_model) if piece.base_model else base
+        sources = [(open_model(s.model), s) for s in piece.sources]
+        length = _slice_length(number, piece, sources, of)
+        levels = (piece.parameters or {}, *part.levels)
+        if number == 0:
+            slots += _outside(part, sources, slice_base, levels, of, before=True)
+        starts = [(model, source.layer_range[0]) for model, source in sources]
+        base_start = next((start for model, start in starts if model is slice_base), starts[0][1])
+        donor_start = next((start for model, start in starts if model is part.donor), starts[0][1])
+        for step in range(length):
+            layer = len(picked)
+            picked.append(donor_start + step)
+            everyone = list(starts)
+            if slice_base is not None and all(model is not slice_base for model, _ in starts):
+                everyone.append((slice_base, base_start))
+            members = [_layer_names(*of(model), start + step) for model, start in everyone]
+            for suffix in union(*members):
+                output = _layer_name(donor_stack, layer, suffix)
+                contributions = [
+                    Contribution(model, part.name_in(model, _name_at(*of(model), start + step, suffix)))
+                    for model, start in everyone
+                ]
+                position = step / (length - 1) if length > 1 else 1.0
+                slots.append(
+                    Slot(
+                        Place(part.prefix + output, layer, position, part.module),
+                        tuple(
+                            Contribution(one.model, one.tensor, source.parameters or {})
+                            for one, (_, source) in zip(contributions, sources, strict=False)
+                        ),
+                        next((one for one in contributions if one.model is slice_base), None),
+                        levels,
+                        stack=donor_stack.prefix,
+                    )
+                )
+        if number == len(slices) - 1:
+            slots += _outside(part, sources, slice_base, levels, of, before=False)
+    return slots, Restack(_under(donor_stack, part.prefix), tuple(picked))
+
+
+def _outside(
+    part: _Part,
+    sources: Sequence[tuple[Model, object]],
+    base: Model | None,
+    levels: tuple[Settings, ...],
+    of: Callable[[Model], tuple[Architecture, Stack]],
+    *,
+    before: bool,
+) -> list[Slot]:
+    """Return the slots of the tensors before the first layer, or of those after the last."""
+    models = [model for model, _ in sources]
+    everyone = list(dict.fromkeys([*([base] if base else []), *models]))
+    names = union(*({n: 0 for n in part.seen(m) if of(m)[0].locate(n) is None} for m in everyone))
+    architecture, _ = of(part.donor)
+    return [
+        Slot(
+            Place(part.prefix + name, None, None, part.module),
+            tuple(
+                Contribution(model, part.name_in(model, name), source.parameters or {})  # type: ignore[attr-defined]
+                for model, source in sources
+            ),
+            Contribution(base, part.name_in(base, name)) if base else None,
+            levels,
+        )
+        for name in names
+        if architecture.before_layers(name) == before
+    ]
+
+
+def _slice_length(
+    number: int,
+    piece: Slice,
+    sources: Sequence[tuple[Model, object]],
+    of: Callable[[Model], tuple[Architecture, Stack]],
+) -> int:
+    lengths = set()
+    for (model, _), source in zip(sources, piece.sources, strict=True):
+        start, stop = source.layer_range
+        count = len(of(model)[1].indices)
+        if not 0 <= start < stop <= count:
+            raise PlanError(
+                f"slices[{number}]: layer_range [{start}, {stop}] does not lie in the {count} layers of "
+                f"{model.reference}; it takes the first layer and the one after the last, counted from 0"
+            )
+        lengths.add(stop - start)
+    if len(lengths) > 1:
+        raise PlanError(
+            f"slices[{number}]: its sources have {' and '.join(map(str, sorted(lengths)))} layers; "
+            "all sources of a slice must have the same number"
+        )
+    return lengths.pop()
+
+
+def _only_stack(architecture: Architecture, model: Model, module: str | None) -> Stack:
+    stacks = architecture.stacks
+    if len(stacks) == 1:
+        return stacks[0]
+    inside = f"module {module!r} of {model.reference}" if module else model.reference
+    if not stacks:
+        raise PlanError(f"{inside} has no numbered layers, so it cannot be sliced")
+    listed = ", ".join(f"{stack.prefix} ({len(stack.indices)} layers)" for stack in stacks)
+    raise PlanError(
+        f"{inside} has several stacks of layers: {listed}; say with modules: which one the slices mean"
+    )
+
+
+def _layer_names(architecture: Architecture, stack: Stack, rank: int) -> Mapping[str, str]:
+    return architecture.members(stack, stack.indices[rank])
+
+
+def _name_at(architecture: Architecture, stack: Stack, rank: int, suffix: str) -> str:
+    return _layer_name(stack, stack.indices[rank], suffix)
+
+
+def _layer_name(stack: Stack, index: int, suffix: str) -> str:
+    head = f"{stack.prefix}." if stack.prefix else ""
+    return f"{head}{index}.{suffix}" if suffix else f"{head}{index}"
+
+
+def _under(stack: Stack, prefix: str) -> Stack:
+    return Stack(prefix + stack.prefix, stack.indices)
+
+
+def _name_modules(
+    recipe: Recipe, donor: Model, base: Model | None, open_model: Open
+) -> tuple[list[Slot], list[Restack]]:
+    by_name: dict[str, list[Slot]] = {}
+    restacks: list[Restack] = []
+    covered: dict[str, str] = {}
+    top = recipe.parameters or {}
+    for module, entry in (recipe.modules or {}).items():
+        prefix = entry.prefix if entry.prefix is not None else tower(donor.checkpoint, module)
+        names = tuple(n.removeprefix(prefix) for n in donor.checkpoint if n.startswith(prefix))
+        if not names:
+            raise PlanError(f"module {module!r}: no tensor of {donor.reference} begins with {prefix!r}")
+        part = _Part(donor, module, prefix, names, (entry.parameters or {}, top))
+        sources = list(entry.models or ()) + [s for piece in entry.slices or () for s in piece.sources]
+        for source in sources:
+            model = open_model(source.model)
+            given = getattr(source, "prefix", None)
+            if model is not donor or given is not None:
+                part.prefixes[id(model)] = (
+                    given if given is not None else match_tower(prefix, names, model.checkpoint, model.reference)
+                )
+        if base is not None and base is not donor:
+            part.prefixes[id(base)] = match_tower(prefix, names, base.checkpoint, base.reference)
+        if entry.slices:
+            slots, restack = _name_slices(part, entry.slices, base, open_model)
+            restacks.append(restack)
+        else:
+            slots = _name_models(part, entry.models or (), base, open_model)
+        for name in donor.checkpoint:
+            if name.startswith(prefix):
+                other = covered.setdefault(name, module)
+                if other != module:
+                    raise PlanError(f"{name} belongs to two modules, {other!r} and {module!r}")
+        by_name[prefix] = slots
+    return _in_order(donor, by_name, covered), restacks
+
+
+def _in_order(donor: Model, modules: Mapping[str, list[Slot]], covered: Mapping[str, str]) -> list[Slot]:
+    """Put carried tensors and modules in the donor's order: a module stands where its first tensor stood."""
+    slots: list[Slot] = []
+    placed: set[str] = set()
+    for name in donor.checkpoint:
+        if name not in covered:
+            slots.append(Slot(Place(name, None, None, None), (Contribution(donor, name),), carried=True))
+            continue
+        prefix = next(p for p in modules if name.startswith(p))
+        if prefix not in placed:
+            placed.add(prefix)
+            slots += modules[prefix]
+    return slots

@@ -1,0 +1,87 @@
+"""What goes into one output tensor, by name: the plan before shapes and numbers are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.recipe.schedule import Place
+from weightsmith.recipe.schema import Setting
+
+Settings = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as a recipe names it.
+
+    Attributes:
+        reference: the text by which the recipe names it.
+        label: a short name, unique in the merge; random masks depend on it.
+        checkpoint: what was opened.
+    """
+
+    reference: str
+    label: str
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One model's tensor for an output tensor.
+
+    Attributes:
+        model: the model.
+        tensor: the tensor's name in that model; the model may turn out not to have it.
+        settings: parameters given for this model.
+    """
+
+    model: Model
+    tensor: str
+    settings: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One output tensor.
+
+    Attributes:
+        where: its name, layer and module in the output: what schedules and filters look at.
+        models: what the listed models contribute, in the recipe's order.
+        base: what the base contributes, or None where the recipe names none.
+        levels: parameters given for the slice, the module and the merge, the nearest first.
+        carried: whether it is taken from its one model as it is.
+        stack: the stack of layers it belongs to, or an empty text.
+    """
+
+    where: Place
+    models: tuple[Contribution, ...]
+    base: Contribution | None = None
+    levels: tuple[Settings, ...] = ()
+    carried: bool = False
+    stack: str = ""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the output."""
+        return self.where.name
+
+
+def union(*collections: Mapping[str, object]) -> list[str]:
+    """Return the names in any of the mappings: in the first's order, with others' after their predecessors."""
+    order = list(dict.fromkeys(name for one in collections[:1] for name in one))
+    known = set(order)
+    for other in collections[1:]:
+        if all(name in known for name in other):
+            continue
+        previous = None
+        after: dict[str | None, list[str]] = {}
+        for name in other:
+            if name in known:
+                previous = name
+            else:
+                after.setdefault(previous, []).append(name)
+                known.add(name)
+        order = after.get(None, []) + [n for name in order for n in (name, *after.get(name, ()))]
+    return order

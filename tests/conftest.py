@@ -1,0 +1,90 @@
+"""Inputs for tests: small checkpoints, written by the reference library, not by the code under test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+WriteModel = Callable[..., Path]
+
+_CODES = {
+    "float64": "float64",
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float8_e4m3fn": "float8_e4m3fn",
+    "float8_e5m2": "float8_e5m2",
+    "int64": "int64",
+    "int32": "int32",
+    "uint8": "uint8",
+    "bool": "bool",
+}
+
+
+def write_safetensors(path: Path, tensors: Arrays) -> None:
+    """Write a file with the safetensors library."""
+    raw = {
+        name: {"dtype": _CODES[str(a.dtype)], "shape": list(a.shape), "data": np.ascontiguousarray(a).tobytes()}
+        for name, a in tensors.items()
+    }
+    path.write_bytes(safetensors.serialize(raw, {"format": "pt"}))
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Read a file, or all files of a folder, with the safetensors library."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    names = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+    extra = {
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+    }
+    found = {}
+    for file in files:
+        for name, entry in safetensors.deserialize(file.read_bytes()):
+            dtype = np.dtype(extra.get(entry["dtype"]) or names[entry["dtype"]])
+            found[name] = np.frombuffer(bytes(entry["data"]), dtype).reshape(entry["shape"])
+    return found
+
+
+@pytest.fixture
+def write_model(tmp_path: Path) -> WriteModel:
+    """Return a function that writes a folder in the transformers layout: ``write_model(name, tensors)``."""
+
+    def write(name: str, tensors: Arrays, config: Mapping[str, Any] | None = None) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "model.safetensors", tensors)
+        default = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+        (folder / "config.json").write_text(json.dumps(default if config is None else config))
+        return folder
+
+    return write
+
+
+def llama_tensors(
+    seed: int, *, layers: int = 2, hidden: int = 8, vocabulary: int = 16, scale: float = 1.0, dtype: Any = np.float32
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return random tensors under a Llama's names."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray[Any, Any]:
+        return (rng.standard_normal(shape) * scale).astype(dtype)
+
+    tensors = {"model.embed_tokens.weight": draw(vocabulary, hidden)}
+    for i in range(layers):
+        head = f"model.layers.{i}"
+        tensors[f"{head}.self_attn.q_proj.weight"] = draw(hidden, hidden)
+        tensors[f"{head}.mlp.up_proj.weight"] = draw(2 * hidden, hidden)
+        tensors[f"{head}.input_layernorm.weight"] = draw(hidden)
+    tensors["model.norm.weight"] = draw(hidden)
+    tensors["lm_head.weight"] = draw(vocabulary, hidden)
+    return tensors
