@@ -32,7 +32,11 @@ _CODES = {
 def write_safetensors(path: Path, tensors: Arrays) -> None:
     """Write a file with the safetensors library."""
     raw = {
-        name: {"dtype": _CODES[str(a.dtype)], "shape": list(a.shape), "data": np.ascontiguousarray(a).tobytes()}
+        name: {
+            "dtype": _CODES[str(a.dtype)],
+            "shape": list(a.shape),
+            "data": np.ascontiguousarray(a).tobytes(),
+        }
         for name, a in tensors.items()
     }
     path.write_bytes(safetensors.serialize(raw, {"format": "pt"}))
@@ -71,7 +75,13 @@ def write_model(tmp_path: Path) -> WriteModel:
 
 
 def llama_tensors(
-    seed: int, *, layers: int = 2, hidden: int = 8, vocabulary: int = 16, scale: float = 1.0, dtype: Any = np.float32
+    seed: int,
+    *,
+    layers: int = 2,
+    hidden: int = 8,
+    vocabulary: int = 16,
+    scale: float = 1.0,
+    dtype: Any = np.float32,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return random tensors under a Llama's names."""
     rng = np.random.default_rng(seed)

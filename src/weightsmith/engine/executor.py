@@ -327,4 +327,3 @@ def _os_error_text(error: OSError, folder: Path) -> str:
             "command goes on from there"
         )
     return f"cannot write {target}: {error.strerror or error}"
-

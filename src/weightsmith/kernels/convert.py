@@ -41,7 +41,9 @@ def widen(values: Array, working: DType) -> Array:
         values = bits.view(np.float32)
     elif values.dtype.itemsize == 1:
         values = _table(values.dtype)[values.view(np.uint8)]
-    return values.astype(working, copy=False)
+    # A signalling NaN is a value like any other here; the engine counts and names them.
+    with np.errstate(invalid="ignore"):
+        return values.astype(working, copy=False)
 
 
 def narrow(values: Array, dtype: DType) -> Array:

@@ -181,9 +181,7 @@ class Maker:
             else:
                 given[name] = resolve(slot.levels, name, slot.where)
         try:
-            return complete(
-                self._method, given, len(models), has_base=has_base, compat=self._recipe.compat
-            )
+            return complete(self._method, given, len(models), has_base=has_base, compat=self._recipe.compat)
         except MethodError as error:
             labels = ", ".join(one.model.label for one in models)
             raise PlanError(f"{error} (for {slot.name}, merging {labels})") from error

@@ -166,9 +166,7 @@ class LazyCheckpoint(Checkpoint):
     def _write_beside(self, folder: Path, plan: Plan) -> None:
         for name, index in plan.layout.indexes.items():
             (folder / name).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        write_companions(
-            folder, self.config, self.beside.files, chat_template=self.beside.chat_template
-        )
+        write_companions(folder, self.config, self.beside.files, chat_template=self.beside.chat_template)
         (folder / RECIPE_FILE).write_text(plan.recipe, "utf-8")
         if self.beside.card is not None:
             (folder / "README.md").write_text(self.beside.card, "utf-8")
@@ -191,7 +189,9 @@ def _parts(checkpoint: Checkpoint) -> list[Part]:
         return [Part()]
     return [
         # diffusers names the weights of its own models so; those of transformers keep transformers' name.
-        Part(f"{component}/", "model" if _is_transformers(checkpoint, component) else "diffusion_pytorch_model")
+        Part(
+            f"{component}/", "model" if _is_transformers(checkpoint, component) else "diffusion_pytorch_model"
+        )
         for component in checkpoint.components
     ]
 
@@ -221,4 +221,3 @@ def _run_identity(plan: Plan) -> dict[str, Any]:
         "inputs": [asdict(identity) for identity in plan.identities],
         "layout": laid_out.hexdigest(),
     }
-

@@ -295,7 +295,9 @@ def _name_modules(
             given = getattr(source, "prefix", None)
             if model is not donor or given is not None:
                 part.prefixes[id(model)] = (
-                    given if given is not None else match_tower(prefix, names, model.checkpoint, model.reference)
+                    given
+                    if given is not None
+                    else match_tower(prefix, names, model.checkpoint, model.reference)
                 )
         if base is not None and base is not donor:
             part.prefixes[id(base)] = match_tower(prefix, names, base.checkpoint, base.reference)

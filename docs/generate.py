@@ -1,0 +1,148 @@
+"""Writes the reference pages from what the code declares: the recipe's schema, the methods, the commands.
+
+    python docs/generate.py           # write docs/reference/*.md
+    python docs/generate.py --check   # exit 1 if a page is not what the code says
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from weightsmith.cli.main import cli
+from weightsmith.methods.registry import Method, all_methods
+from weightsmith.recipe.json_schema import json_schema
+
+PAGES = Path(__file__).parent / "reference"
+NOTE = "<!-- Written by docs/generate.py; do not edit. -->\n\n"
+
+
+def recipe_page() -> str:
+    """Return the recipe reference, from the JSON schema."""
+    schema = json_schema()
+    lines = [
+        "# The recipe",
+        "",
+        "Every key of a recipe, from its schema. `weightsmith schema` prints the schema itself, for editors "
+        "that complete YAML by one. Unknown keys are errors.",
+        "",
+    ]
+    lines += _object("Recipe", schema)
+    for name, definition in schema.get("$defs", {}).items():
+        if "properties" in definition:
+            lines += _object(name, definition)
+    return "\n".join(lines) + "\n"
+
+
+def _object(name: str, definition: Mapping[str, Any]) -> list[str]:
+    required = set(definition.get("required", ()))
+    lines = [f"## {name}", "", str(definition.get("description", "")), "", "| key | type | default | meaning |"]
+    lines.append("|---|---|---|---|")
+    for key, entry in definition.get("properties", {}).items():
+        default = "**required**" if key in required else _cell(entry.get("default"))
+        meaning = " ".join(str(entry.get("description", "")).split()).replace("|", "\\|")
+        lines.append(f"| `{key}` | {_type(entry)} | {default} | {meaning} |")
+    return [*lines, ""]
+
+
+def _cell(value: Any) -> str:
+    return "" if value in (None, {}, []) else f"`{value}`"
+
+
+def _type(entry: Mapping[str, Any]) -> str:
+    if "$ref" in entry:
+        name = str(entry["$ref"]).rsplit("/", 1)[-1]
+        return f"[{name}](#{name.lower()})"
+    if "enum" in entry:
+        return ", ".join(f"`{value}`" for value in entry["enum"])
+    if "const" in entry:
+        return f"`{entry['const']}`"
+    for joined in ("anyOf", "oneOf", "allOf"):
+        if joined in entry:
+            kinds = [_type(option) for option in entry[joined] if option.get("type") != "null"]
+            return " or ".join(dict.fromkeys(kinds))
+    if entry.get("type") == "array":
+        return f"list of {_type(entry['items'])}" if "items" in entry else "list"
+    if isinstance(entry.get("additionalProperties"), dict):
+        return f"map to {_type(entry['additionalProperties'])}"
+    return str(entry.get("type", "any"))
+
+
+def methods_page() -> str:
+    """Return the method reference, from the registry."""
+    methods = [m for m in all_methods().values() if m.function.__module__.startswith("weightsmith.")]
+    lines = [
+        "# Methods",
+        "",
+        "What each method declares about itself; `weightsmith methods NAME` prints the same. *Per model* "
+        "parameters have one value for each model and may be given under it; all others have one value.",
+        "",
+        "| method | base | models | |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| [{m.name}](#{m.name}) | {m.base} | {_count(m)} | {m.summary} |" for m in methods]
+    for method in methods:
+        lines += ["", f"## {method.name}", "", method.description, ""]
+        if method.source:
+            lines += [f"**Source:** {method.source}", ""]
+        if method.properties:
+            lines += [f"**Properties:** {', '.join(sorted(method.properties))}", ""]
+        if method.parameters:
+            lines += ["| parameter | | default | values | meaning |", "|---|---|---|---|---|"]
+        for p in method.parameters.values():
+            default = "**required**" if p.required else f"`{_yaml(p.default)}`"
+            scope = "per model" if p.per_model else ""
+            about = p.about.description.replace("|", "\\|")
+            lines.append(f"| `{p.name}` | {scope} | {default} | {p.range_text} | {about} |")
+        for tool, values in method.compat.items():
+            given = ", ".join(f"`{name}: {_yaml(value)}`" for name, value in values.items())
+            lines += ["", f"With `compat: {tool}`: {given}."]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
+
+
+def _count(method: Method) -> str:
+    if method.maximum is None:
+        return f"{method.minimum} or more"
+    if method.maximum == method.minimum:
+        return str(method.minimum)
+    return f"{method.minimum} to {method.maximum}"
+
+
+def cli_page() -> str:
+    """Return the command reference, from the commands' own help."""
+    context = click.Context(cli, info_name="weightsmith", terminal_width=90, max_content_width=90)
+    lines = ["# Command line", "", "```text", cli.get_help(context), "```"]
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        if command is not None:
+            inner = click.Context(command, info_name=name, parent=context, max_content_width=90, terminal_width=90)
+            lines += ["", f"## {name}", "", "```text", command.get_help(inner), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the pages, or check them."""
+    check = "--check" in sys.argv[1:]
+    PAGES.mkdir(exist_ok=True)
+    stale = []
+    for name, page in (("recipe", recipe_page), ("methods", methods_page), ("cli", cli_page)):
+        path = PAGES / f"{name}.md"
+        text = NOTE + page()
+        if not path.exists() or path.read_text("utf-8") != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(text, "utf-8")
+    if check and stale:
+        sys.exit(f"docs/reference is not what the code says: {', '.join(stale)}; run python docs/generate.py")
+
+
+if __name__ == "__main__":
+    main()
