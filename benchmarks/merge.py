@@ -118,9 +118,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     """Make the inputs, time every method against the floor, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of each model")
     parser.add_argument("--models", type=int, default=2, help="fine-tunes beside the base")
     parser.add_argument("--methods", nargs="*", default=list(SETTINGS))
@@ -154,9 +152,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         models = tuned[:1] if method in ONE_MODEL else tuned
         command = [sys.executable, "-m", "weightsmith", "merge", "--quiet", "--overwrite", "--method", method]
         command += ["--base", str(base)] + [part for path in models for part in ("--model", str(path))]
-        command += [
-            part for name, value in SETTINGS.get(method, {}).items() for part in ("-p", f"{name}={value}")
-        ]
+        command += [part for name, value in SETTINGS.get(method, {}).items() for part in ("-p", f"{name}={value}")]
         command += ["--threads", str(arguments.threads)] if arguments.threads else []
         inputs = [str(path / "model.safetensors") for path in (base, *models)]
         beside = [sys.executable, __file__, "--floor", *inputs, str(folder / "floor")]

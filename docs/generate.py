@@ -1,7 +1,7 @@
 """Writes the reference pages from what the code declares: the recipe's schema, the methods, the commands.
 
-    python docs/generate.py           # write docs/reference/*.md
-    python docs/generate.py --check   # exit 1 if a page is not what the code says
+python docs/generate.py           # write docs/reference/*.md
+python docs/generate.py --check   # exit 1 if a page is not what the code says
 """
 
 from __future__ import annotations

@@ -191,9 +191,7 @@ class _Inputs:
         return name
 
 
-def _divide(
-    method: str, parameters: Mapping[str, Any], models: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _divide(method: str, parameters: Mapping[str, Any], models: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Split parameters into those for all models and those for each."""
     known = get_method(method)
     shared: dict[str, Any] = {}

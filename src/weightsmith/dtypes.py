@@ -42,8 +42,7 @@ _CODES = {dtype: code for code, dtype in _BY_CODE.items()}
 _NAMES = {dtype: name for name, dtype in _BY_NAME.items()}
 # E8M0 holds powers of two only: it stores the scales of block-quantised weights, never weights.
 _FLOATS = frozenset(
-    _BY_CODE[code]
-    for code in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+    _BY_CODE[code] for code in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 )
 FLOAT_NAMES = tuple(_NAMES[dtype] for dtype in _BY_CODE.values() if dtype in _FLOATS)
 
@@ -72,8 +71,7 @@ def float_from_name(name: str) -> DType:
     dtype = _BY_NAME.get(name.removeprefix("torch."))
     if dtype is None or dtype not in _FLOATS:
         raise RecipeError(
-            f"{name!r} is not a floating dtype{did_you_mean(name, FLOAT_NAMES)}; use one of "
-            + ", ".join(FLOAT_NAMES)
+            f"{name!r} is not a floating dtype{did_you_mean(name, FLOAT_NAMES)}; use one of " + ", ".join(FLOAT_NAMES)
         )
     return dtype
 

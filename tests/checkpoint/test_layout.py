@@ -60,9 +60,7 @@ def test_shards_hold_at_most_what_was_asked_and_the_index_names_each_tensor_once
     entries.append(ArrayTensor("large", np.zeros(100, np.float32)))
     layout = lay_out(entries, shard_size=100)
     write(layout, tmp_path, entries)
-    assert [shard.path for shard in layout.shards] == [
-        f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)
-    ]
+    assert [shard.path for shard in layout.shards] == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
     sizes = [sum(layout.placements[n].nbytes for n in shard.tensors) for shard in layout.shards]
     assert sizes == [80, 80, 80, 40, 400]
     index = layout.indexes["model.safetensors.index.json"]

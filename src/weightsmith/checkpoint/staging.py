@@ -53,9 +53,7 @@ class Staging:
             os.close(self._lock)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise OutputError(f"cannot lock {self.folder}: {error.strerror}") from error
-            raise OutputError(
-                f"another run is writing {target} now; wait for it, or choose another target"
-            ) from error
+            raise OutputError(f"another run is writing {target} now; wait for it, or choose another target") from error
         if restart:
             shutil.rmtree(self.content, ignore_errors=True)
             self.journal.unlink(missing_ok=True)

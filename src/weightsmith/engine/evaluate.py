@@ -198,9 +198,7 @@ def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = map) -> A
             chosen = stretches if sweep.only is None else [stretches[sweep.only]]
             function = sweep.function
 
-            def visit(
-                stretch: tuple[Computed, int, int, int], function: Callable[[Block], Any] = function
-            ) -> Any:
+            def visit(stretch: tuple[Computed, int, int, int], function: Callable[[Block], Any] = function) -> Any:
                 member, start, stop, before = stretch
                 with np.errstate(all="ignore"):
                     return function(evaluator.block(member, start, stop, before))

@@ -201,9 +201,7 @@ class Method:
         """Start the statistic's generator with the parameters that it names."""
         if self.statistic is None:
             raise MethodError(f"method {self.name!r} has no statistic")
-        return self.statistic(
-            scope, **{_python_name(name): parameters[name] for name in self.statistic_parameters}
-        )
+        return self.statistic(scope, **{_python_name(name): parameters[name] for name in self.statistic_parameters})
 
 
 _METHODS: dict[str, Method] = {}
@@ -276,8 +274,7 @@ def get_method(name: str) -> Method:
     found = _METHODS.get(name)
     if found is None:
         raise MethodError(
-            f"there is no method {name!r}{did_you_mean(name, _METHODS)}; "
-            "'weightsmith methods' lists them all"
+            f"there is no method {name!r}{did_you_mean(name, _METHODS)}; 'weightsmith methods' lists them all"
         )
     return found
 
@@ -310,9 +307,7 @@ def _python_name(name: str) -> str:
     return "lambda_" if name == "lambda" else name
 
 
-def _named_by(
-    statistic: Callable[..., Any] | None, parameters: Mapping[str, Parameter], name: str
-) -> tuple[str, ...]:
+def _named_by(statistic: Callable[..., Any] | None, parameters: Mapping[str, Parameter], name: str) -> tuple[str, ...]:
     if statistic is None:
         return ()
     wanted = [

@@ -122,7 +122,5 @@ def _tie(values: Callable[[Block], Array], value: float, wanted: int) -> Statist
         if ties >= wanted:
             break
         wanted -= ties
-    found = yield Sweep(
-        lambda block: int(block.positions[values(block) == value][wanted - 1]), only=index
-    )
+    found = yield Sweep(lambda block: int(block.positions[values(block) == value][wanted - 1]), only=index)
     return int(found[0])

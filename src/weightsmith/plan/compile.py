@@ -45,9 +45,7 @@ def compile_recipe(recipe: Recipe, opened: Mapping[str, Checkpoint] | None = Non
     def find(reference: str) -> Checkpoint:
         if reference not in known:
             step = recipe.steps.get(reference) if recipe.steps else None
-            known[reference] = (
-                open_checkpoint(reference) if step is None else _compile_one(step, find, reference)
-            )
+            known[reference] = open_checkpoint(reference) if step is None else _compile_one(step, find, reference)
         return known[reference]
 
     return _compile_one(recipe, find, recipe.name or "merged")

@@ -58,8 +58,7 @@ class Maker:
             return self._carry(slot, everyone[0])
         if not all(floats):
             kinds = ", ".join(
-                f"{dtypes.name_of(t.dtype)} in {one.model.label}"
-                for one, t in zip(everyone, tensors, strict=True)
+                f"{dtypes.name_of(t.dtype)} in {one.model.label}" for one, t in zip(everyone, tensors, strict=True)
             )
             raise PlanError(f"{slot.name} cannot be merged: it is {kinds}; only floating tensors are merged")
         if len({tensor.shape for tensor in tensors}) > 1:

@@ -99,9 +99,7 @@ class LazyCheckpoint(Checkpoint):
             shard_size: most bytes of tensors in a file.
             file: the name of a single ``.safetensors`` file to write, instead of shards.
         """
-        tasks = tuple(
-            Task(name, self._written.get(name, tensor.dtype), tensor) for name, tensor in self.items()
-        )
+        tasks = tuple(Task(name, self._written.get(name, tensor.dtype), tensor) for name, tensor in self.items())
         return Plan(
             tasks,
             lay_out(tasks, _parts(self), shard_size, file),
@@ -189,9 +187,7 @@ def _parts(checkpoint: Checkpoint) -> list[Part]:
         return [Part()]
     return [
         # diffusers names the weights of its own models so; those of transformers keep transformers' name.
-        Part(
-            f"{component}/", "model" if _is_transformers(checkpoint, component) else "diffusion_pytorch_model"
-        )
+        Part(f"{component}/", "model" if _is_transformers(checkpoint, component) else "diffusion_pytorch_model")
         for component in checkpoint.components
     ]
 
@@ -212,9 +208,7 @@ def _run_identity(plan: Plan) -> dict[str, Any]:
     laid_out = hashlib.blake2b(digest_size=16)
     for task in plan.tasks:
         place = plan.place(task)
-        laid_out.update(
-            repr((task.name, dtypes.name_of(task.dtype), task.shape, place.shard, place.offset)).encode()
-        )
+        laid_out.update(repr((task.name, dtypes.name_of(task.dtype), task.shape, place.shard, place.offset)).encode())
     return {
         "weightsmith version": __version__,
         "recipe": plan.recipe,

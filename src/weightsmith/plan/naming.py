@@ -102,9 +102,7 @@ def _references(recipe: Recipe) -> Iterable[str]:
                 yield source.model
 
 
-def _name_models(
-    part: _Part, inputs: Sequence[ModelInput], base: Model | None, open_model: Open
-) -> list[Slot]:
+def _name_models(part: _Part, inputs: Sequence[ModelInput], base: Model | None, open_model: Open) -> list[Slot]:
     models = [(open_model(entry.model), entry.parameters or {}) for entry in inputs]
     everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in models)]))
     names = union(*(part.seen(model) for model in everyone))
@@ -254,9 +252,7 @@ def _only_stack(architecture: Architecture, model: Model, module: str | None) ->
     if not stacks:
         raise PlanError(f"{inside} has no numbered layers, so it cannot be sliced")
     listed = ", ".join(f"{stack.prefix} ({len(stack.indices)} layers)" for stack in stacks)
-    raise PlanError(
-        f"{inside} has several stacks of layers: {listed}; say with modules: which one the slices mean"
-    )
+    raise PlanError(f"{inside} has several stacks of layers: {listed}; say with modules: which one the slices mean")
 
 
 def _layer_names(architecture: Architecture, stack: Stack, rank: int) -> Mapping[str, str]:
@@ -295,9 +291,7 @@ def _name_modules(
             given = getattr(source, "prefix", None)
             if model is not donor or given is not None:
                 part.prefixes[id(model)] = (
-                    given
-                    if given is not None
-                    else match_tower(prefix, names, model.checkpoint, model.reference)
+                    given if given is not None else match_tower(prefix, names, model.checkpoint, model.reference)
                 )
         if base is not None and base is not donor:
             part.prefixes[id(base)] = match_tower(prefix, names, base.checkpoint, base.reference)

@@ -56,7 +56,9 @@ def _most_telling(entries: Iterable[Any]) -> list[Any]:
 def _place(location: tuple[Any, ...]) -> tuple[Any, ...]:
     """Leave out the parts of a location that name forms of a union, not keys of the recipe."""
     return tuple(
-        part for part in location if isinstance(part, int) or not any(c in str(part) for c in "[(")
+        part
+        for part in location
+        if isinstance(part, int) or not any(c in str(part) for c in "[(")
         if str(part) not in _FORMS
     )
 

@@ -201,6 +201,5 @@ class Recipe(Merge):
 
     steps: dict[str, Merge] = Field(
         default_factory=dict,
-        description="Merges whose results other steps and this merge refer to by name; nothing of them is "
-        "written.",
+        description="Merges whose results other steps and this merge refer to by name; nothing of them is written.",
     )

@@ -1,0 +1,39 @@
+"""A model on disk as a lazy mapping from name to tensor, and the place where an output is built."""
+
+from __future__ import annotations
+
+import os
+
+from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.folder import open_weights
+from weightsmith.checkpoint.hub import is_hub_id, resolve
+from weightsmith.checkpoint.reference import Reference, parse_reference
+from weightsmith.checkpoint.storage import is_url
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+def open_checkpoint(reference: str | os.PathLike[str] | Reference) -> Checkpoint:
+    """Open a model by its reference, reading headers only.
+
+    Args:
+        reference: a folder, a file, a hub id or a URL, with ``@revision`` and ``+adapter`` where they apply.
+
+    Raises:
+        CheckpointError: if there is nothing there that can be read as a checkpoint.
+        UnsafeFileError: if a file asks for something that no file of weights should ask for.
+    """
+    parsed = reference if isinstance(reference, Reference) else parse_reference(reference)
+    model = open_weights(_locate(parsed), str(Reference(parsed.path, parsed.revision)))
+    if parsed.adapter is None:
+        return model
+    from weightsmith.adapters.lora import fold
+
+    return fold(model, open_checkpoint(parsed.adapter), name=str(parsed))
+
+
+def _locate(reference: Reference) -> str:
+    path = os.path.expanduser(reference.path)
+    if is_url(path) or os.path.exists(path) or not is_hub_id(path):
+        return path
+    return resolve(path, reference.revision)

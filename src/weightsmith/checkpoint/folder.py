@@ -1,0 +1,251 @@
+"""What a folder of weights is: which files hold tensors, and which travel beside them."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.checkpoint import torch_pickle
+from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, Identity
+from weightsmith.checkpoint.safetensors import natural_order, read_header
+from weightsmith.checkpoint.storage import is_url, join, list_folder, open_source
+from weightsmith.checkpoint.tensor import Tensor
+from weightsmith.errors import CheckpointError, UnsafeFileError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Files of a training run that hold no model.
+_NOT_WEIGHTS = re.compile(
+    r"^(optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|random_states.*)\.[a-z]+$"
+)
+_COMPANION = re.compile(
+    r"^(?!README)(?:[\w.-]+\.(?:json|jinja|model|tiktoken|txt|spm|vocab)|merges\.txt|LICENSE.*|NOTICE.*)$"
+)
+_WEIGHT_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
+_NOT_COMPANIONS = {"config.json", "trainer_state.json", "training_args.json", "all_results.json"}
+_LARGEST_TEXT = 64_000_000
+_LARGEST_COMPANION = 512_000_000
+
+Found = tuple[dict[str, Tensor], list[Identity]]
+
+
+def open_weights(path: str, name: str) -> Checkpoint:
+    """Open a file or folder of weights, here or behind a URL.
+
+    Args:
+        path: the file or folder.
+        name: how a person named it.
+
+    Raises:
+        CheckpointError: if it does not exist, holds no weights, or cannot be read.
+    """
+    entries = list_folder(path)
+    if not entries:
+        return _open_file(path, name)
+    if "model_index.json" in entries:
+        return _open_pipeline(path, name, entries)
+    tensors, identities = _read_folder(path, entries)
+    adapter = "adapter_config.json" in entries and not _has_model(entries)
+    return Checkpoint(name, tensors, _companions(path, entries, adapter=adapter), tuple(identities), is_adapter=adapter)
+
+
+def _has_model(entries: list[str]) -> bool:
+    return any(re.match(r"(pytorch_)?model.*\.(safetensors|bin)$", entry) for entry in entries)
+
+
+def _open_file(path: str, name: str) -> Checkpoint:
+    if not is_url(path) and not os.path.exists(path):
+        raise CheckpointError(f"there is no file or folder {path}")
+    if not is_url(path) and os.path.isdir(path):
+        raise CheckpointError(f"the folder {path} is empty")
+    tensors, identity = _read_file(path)
+    return Checkpoint(name, _ordered(tensors), identities=(identity,))
+
+
+def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
+    """Open a diffusers pipeline: every folder with weights is a component, and prefixes its tensors' names."""
+    tensors: dict[str, Tensor] = {}
+    identities: list[Identity] = []
+    files = dict(_companions(path, entries).files)
+    components = []
+    for entry in entries:
+        folder = join(path, entry)
+        inner = list_folder(folder)
+        if not inner:
+            continue
+        own = _companions(folder, inner, with_config=True)
+        files |= {f"{entry}/{key}": file for key, file in own.files.items()}
+        if any(_is_weights(file) for file in inner):
+            found, facts = _read_folder(folder, inner)
+            tensors |= {f"{entry}/{key}": tensor for key, tensor in found.items()}
+            identities += facts
+            components.append(entry)
+    if not components:
+        raise CheckpointError(f"{path} is a pipeline without weights: none of its folders holds any")
+    return Checkpoint(name, tensors, Companions({}, files), tuple(identities), tuple(components))
+
+
+def _read_folder(path: str, entries: list[str]) -> Found:
+    """Read the headers of a folder's weights; safetensors are preferred to pickles of the same model."""
+    for ending in ("safetensors", "bin"):
+        indexes = [e for e in entries if _WEIGHT_INDEX.search(e) and f".{ending}.index" in e]
+        plain = [e for e in indexes if e.endswith(f".{ending}.index.json")]
+        if plain:
+            return _read_indexed(path, plain[0])
+        single = [e for e in entries if re.fullmatch(rf"(pytorch_|diffusion_pytorch_|adapter_)?model\.{ending}", e)]
+        if single:
+            chosen = next((e for e in single if not e.startswith("adapter_")), single[0])
+            return _read_files(path, [chosen])
+        if indexes:
+            return _read_indexed(path, indexes[0])
+        loose = [e for e in entries if e.endswith(f".{ending}") and _is_weights(e)]
+        if ending == "safetensors" and loose:
+            return _read_files(path, _one_variant(loose))
+    pickles = [e for e in entries if _is_weights(e)]
+    if pickles:
+        return _read_files(path, pickles)
+    shown = ", ".join(entries[:8]) + (" …" if len(entries) > 8 else "")
+    raise CheckpointError(f"{path} holds no weights (safetensors or PyTorch); there is: {shown}")
+
+
+def _is_weights(entry: str) -> bool:
+    if _NOT_WEIGHTS.match(entry):
+        return False
+    return entry.endswith((".safetensors", *_PICKLES))
+
+
+def _one_variant(files: list[str]) -> list[str]:
+    """Leave out a second copy of the same weights: precision variants, and one-file forms beside shards."""
+    shards = [file for file in files if re.search(r"-\d+-of-\d+\.", file)]
+    if shards:
+        return shards
+    plain = [file for file in files if not re.search(r"\.(fp16|fp32|bf16|non_ema)\.safetensors$", file)]
+    chosen = plain or files[:1]
+    models = [file for file in chosen if not file.startswith(("consolidated", "original"))]
+    return models or chosen
+
+
+def _read_indexed(path: str, index: str) -> Found:
+    text = read_text(join(path, index))
+    try:
+        mapping = json.loads(text)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{join(path, index)} is not an index: it has no weight_map") from error
+    if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+        raise CheckpointError(f"{join(path, index)} is not an index: its weight_map does not map names to files")
+    files = sorted(set(mapping.values()))
+    for file in files:
+        if "/" in file or "\\" in file or file in ("", ".", ".."):
+            raise UnsafeFileError(f"{join(path, index)} names the file {file!r}, which is not in its folder")
+    tensors, identities = _read_files(path, files)
+    for name, file in mapping.items():
+        if name not in tensors:
+            raise CheckpointError(f"{join(path, index)} says that {name} is in {file}, and it is not")
+    extra = next((name for name in tensors if name not in mapping), None)
+    if extra is not None:
+        raise CheckpointError(f"{join(path, index)} does not name {extra}, which is in one of its files")
+    return tensors, identities
+
+
+def _read_files(path: str, files: list[str]) -> Found:
+    tensors: dict[str, Tensor] = {}
+    homes: dict[str, str] = {}
+    identities = []
+    for file in files:
+        _check_inside(path, file)
+        found, identity = _read_file(join(path, file))
+        identities.append(identity)
+        for name, tensor in found.items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: {name} is in both {homes[name]} and {file}")
+            tensors[name], homes[name] = tensor, file
+    return _ordered(tensors), identities
+
+
+def _check_inside(path: str, file: str) -> None:
+    """Refuse a link out of the folder, unless it is the hub cache's own: snapshots link to blobs beside them."""
+    if is_url(path):
+        return
+    real = Path(os.path.realpath(os.path.join(path, file)))
+    folder = Path(os.path.realpath(path))
+    if real.is_relative_to(folder):
+        return
+    if folder.parent.name == "snapshots" and real.is_relative_to(folder.parent.parent / "blobs"):
+        return
+    raise UnsafeFileError(f"{os.path.join(path, file)} is a link out of its folder, to {real}")
+
+
+def _read_file(path: str) -> tuple[Mapping[str, Tensor], Identity]:
+    source = open_source(path)
+    start = bytes(source.read(0, min(source.size, 4)))
+    if path.endswith(_PICKLES) or start[:2] == b"PK" or start[:1] == b"\x80":
+        return torch_pickle.read_state_dict(source)
+    return read_header(source)
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name] for name in sorted(tensors, key=natural_order)}
+
+
+def read_text(path: str) -> str:
+    """Read a small text file, here or behind a URL."""
+    source = open_source(path)
+    if source.size > _LARGEST_TEXT:
+        raise CheckpointError(f"{path} has {source.size:,} bytes; at most {_LARGEST_TEXT:,} are read")
+    try:
+        return bytes(source.read(0, source.size)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not a text in UTF-8") from error
+
+
+def _companions(path: str, entries: list[str], *, adapter: bool = False, with_config: bool = False) -> Companions:
+    config: Mapping[str, Any] = {}
+    name = "adapter_config.json" if adapter else "config.json"
+    if name in entries and not with_config:
+        config = read_json(join(path, name))
+    files: dict[str, Path] = {}
+    local = _local_copies(path)
+    for entry in entries:
+        skip = entry in _NOT_COMPANIONS and not (with_config and entry == "config.json")
+        if entry == "additional_chat_templates":
+            folder = join(path, entry)
+            files |= {f"{entry}/{inner}": _local_copies(folder)(inner) for inner in list_folder(folder)}
+        elif not skip and entry != name and _COMPANION.match(entry) and not _WEIGHT_INDEX.search(entry):
+            file = local(entry)
+            if file.is_file() and file.stat().st_size <= _LARGEST_COMPANION:
+                _check_inside(path, entry)
+                files[entry] = file
+    return Companions(config, files)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object."""
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return found
+
+
+def _local_copies(path: str) -> Callable[[str], Path]:
+    """Return a function from a companion's name to a file on this machine, fetched where it is remote."""
+    if not is_url(path):
+        return lambda entry: Path(path).absolute() / entry
+    folder = Path(tempfile.mkdtemp(prefix="weightsmith-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+    def fetch(entry: str) -> Path:
+        source = open_source(join(path, entry))
+        if source.size <= _LARGEST_COMPANION:
+            (folder / entry).write_bytes(source.read(0, source.size))
+        return folder / entry
+
+    return fetch

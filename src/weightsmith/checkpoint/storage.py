@@ -1,0 +1,159 @@
+"""Where bytes are: files on this machine, and files behind a URL, both read by ranges."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import CheckpointError
+
+
+class Source(ABC):
+    """A file that is read by ranges, from many threads at once.
+
+    Attributes:
+        path: the file's path or URL, as errors name it.
+        size: its length in bytes when it was opened.
+        modified: its modification time in nanoseconds, or 0 where the storage has none.
+    """
+
+    path: str
+    size: int
+    modified: int = 0
+
+    def read(self, start: int, stop: int) -> bytearray | bytes:
+        """Read bytes ``start`` to ``stop``.
+
+        Raises:
+            CheckpointError: if the file cannot be read or ends before ``stop``.
+        """
+        found = self._read(start, stop)
+        if len(found) != stop - start:
+            raise CheckpointError(
+                f"{self.path} ends at byte {start + len(found):,}, and bytes up to {stop:,} are needed; it was "
+                f"{self.size:,} bytes long when it was opened: it is cut short or has been changed since"
+            )
+        return found
+
+    @abstractmethod
+    def _read(self, start: int, stop: int) -> bytearray | bytes:
+        """Read as many of these bytes as there are."""
+
+
+class LocalSource(Source):
+    """A file on this machine.
+
+    It is read with ``preadv`` into memory of our own rather than mapped: mapped pages would count as the
+    process's memory, and a file that shrinks under a mapping kills the process instead of raising an error.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = str(path)
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(self._handle)
+        except OSError as error:
+            raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
+        self.size = status.st_size
+        self.modified = status.st_mtime_ns
+
+    def _read(self, start: int, stop: int) -> bytearray:
+        buffer = bytearray(stop - start)
+        view = memoryview(buffer)
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self._handle, [view[done:]], start + done)
+                if count == 0:
+                    view.release()
+                    return buffer[:done]
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+        return buffer
+
+    def __del__(self) -> None:
+        handle = getattr(self, "_handle", None)
+        if handle is not None:
+            os.close(handle)
+
+
+class RemoteSource(Source):
+    """A file behind a URL that fsspec understands; only the ranges that are asked for are transferred."""
+
+    def __init__(self, url: str) -> None:
+        self.path = url
+        self._system, self._key = filesystem(url)
+        try:
+            facts = self._system.info(self._key)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"there is nothing at {url}") from error
+        except Exception as error:
+            raise CheckpointError(f"cannot open {url}: {type(error).__name__}: {error}") from error
+        if not isinstance(facts.get("size"), int):
+            raise CheckpointError(f"{url} does not tell its length, so it cannot be read by ranges")
+        self.size = facts["size"]
+
+    def _read(self, start: int, stop: int) -> bytes:
+        if start == stop:
+            return b""
+        try:
+            found = self._system.cat_file(self._key, start=start, end=stop)
+        except Exception as error:
+            raise CheckpointError(f"cannot read {self.path}: {type(error).__name__}: {error}") from error
+        return bytes(found)
+
+
+_SYSTEMS_LOCK = threading.Lock()
+
+
+def is_url(path: str) -> bool:
+    """Whether this is a URL rather than a path."""
+    return "://" in path
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """Return the fsspec filesystem of a URL, and the file's key in it.
+
+    Raises:
+        CheckpointError: if fsspec, or its package for this kind of URL, is not installed.
+    """
+    try:
+        import fsspec
+    except ImportError as error:
+        raise CheckpointError(f"reading {url} needs more packages: pip install 'weightsmith[remote]'") from error
+    try:
+        with _SYSTEMS_LOCK:
+            system, key = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {url}: {error}; for s3://, gs:// and https:// install 'weightsmith[remote]'"
+        ) from error
+    return system, str(key)
+
+
+def open_source(path: str) -> Source:
+    """Open a path or a URL for reading by ranges."""
+    return RemoteSource(path) if is_url(path) else LocalSource(path)
+
+
+def list_folder(path: str) -> list[str]:
+    """Return the names of the files and folders directly in a folder, or [] if it is not a folder; sorted."""
+    if not is_url(path):
+        return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    system, key = filesystem(path)
+    try:
+        found = system.ls(key, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except Exception as error:
+        raise CheckpointError(f"cannot list {path}: {type(error).__name__}: {error}") from error
+    return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {key.rsplit("/", 1)[-1], ""})
+
+
+def join(folder: str, name: str) -> str:
+    """Return the path of a file in a folder, or of nothing more than the folder itself."""
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
