@@ -17,7 +17,7 @@ from weightsmith.plan.compile import compile_recipe
 from weightsmith.plan.merged import LazyCheckpoint
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.load import load_recipe
-from weightsmith.recipe.schema import ModelInput, Recipe
+from weightsmith.recipe.schema import Merge, Recipe
 
 if TYPE_CHECKING:
     from weightsmith.comparison import Comparison
@@ -87,7 +87,7 @@ def merge(
         {
             "merge_method": method,
             "models": [
-                ModelInput(model=reference, parameters=settings)
+                {"model": reference, "parameters": settings}
                 for reference, settings in zip(references, own, strict=True)
             ],
             "base_model": base_reference,
@@ -163,26 +163,26 @@ class _Inputs:
 
     def __init__(self) -> None:
         self.opened: dict[str, Checkpoint] = {}
-        self.steps: dict[str, Recipe] = {}
+        self.steps: dict[str, Merge] = {}
 
     def reference(self, source: Source) -> str:
         if not isinstance(source, Checkpoint):
             return os.fspath(source)
-        if isinstance(source, LazyCheckpoint) and source.recipe is not None:
+        if isinstance(source, LazyCheckpoint):
             return self._step(source, source.recipe)
         known = self.opened.setdefault(source.name, source)
         if known is not source:
             raise RecipeError(f"two different checkpoints are named {source.name!r}; give one another name")
         return source.name
 
-    def _step(self, source: LazyCheckpoint, recipe: Recipe) -> str:
+    def _step(self, source: LazyCheckpoint, recipe: Merge) -> str:
         for name, known in self.opened.items():
             if known is source:
                 return name
-        for name, step in (recipe.steps or {}).items():
+        for name, step in (recipe.steps if isinstance(recipe, Recipe) else {}).items():
             if self.steps.setdefault(name, step) != step:
                 raise RecipeError(f"two different steps are named {name!r}")
-        step = recipe.model_copy(update={"steps": {}, "name": None})
+        step = Merge.model_validate(recipe.model_dump(exclude={"steps", "name"}))
         # Named by its content, so that one step used twice is one step and two different ones never clash.
         digest = hashlib.blake2b(to_yaml(step).encode(), digest_size=4).hexdigest()
         name = f"{recipe.merge_method}-{digest}"

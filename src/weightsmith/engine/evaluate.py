@@ -26,9 +26,14 @@ Result = TypeVar("Result")
 class Mapper(Protocol):
     """Applies a function to items, in order, perhaps on several threads."""
 
-    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
         """Yield the function's results in the order of the items."""
         ...
+
+
+def in_turn(function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
+    """Apply a function to items one after the other, in the calling thread."""
+    return map(function, items)
 
 
 def blocks(size: int, vector: int, length: int) -> Iterator[tuple[int, int]]:
@@ -93,15 +98,15 @@ class Evaluator:
         wide = getattr(tensor, "read_wide", None)
         if wide is not None:
             found = wide(start, stop)
-            return found.astype(working, copy=False)
+            return np.asarray(found).astype(working, copy=False)
         return widen(tensor.read(start, stop), working)
 
-    def prepare(self, tensor: Tensor, mapper: Mapper = map) -> None:
+    def prepare(self, tensor: Tensor, mapper: Mapper = in_turn) -> None:
         """Compute the statistics of every method within an expression, sweeping the data with ``mapper``."""
         for part in computed_within(tensor):
             self.statistic(part, mapper)
 
-    def statistic(self, tensor: Computed, mapper: Mapper = map) -> Any:
+    def statistic(self, tensor: Computed, mapper: Mapper = in_turn) -> Any:
         """Return the statistic of a computed tensor's method over the tensor's group, or None."""
         if tensor.method.statistic is None:
             return None
@@ -181,7 +186,7 @@ class Evaluator:
         )
 
 
-def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = map) -> Any:
+def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) -> Any:
     """Drive a statistic's generator over all blocks of a scope, and return what it returns."""
     first = group.members[0]
     stretches = []

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from weightsmith.checkpoint.layout import Shard
 from weightsmith.checkpoint.tensor import Array
-from weightsmith.engine.evaluate import Evaluator, blocks, run_statistic
+from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
 from weightsmith.engine.expression import Computed, computed_within
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.plan import BLOCK, Plan, Task
@@ -181,7 +181,7 @@ class _Run:
         pending: deque[Future[None]] = deque()
         for task in tasks:
             if _is_small(task):
-                pending.append(mapper.submit(self._do, task, map))
+                pending.append(mapper.submit(self._do, task, in_turn))
                 if len(pending) >= 4 * mapper.threads:
                     pending.popleft().result()
             else:
@@ -206,7 +206,7 @@ class _Run:
                 if wanted and id(group) not in self.shared:
                     self.shared[id(group)] = run_statistic(Evaluator(self.shared), group, mapper)
 
-    def _do(self, task: Task, mapper: Callable[..., Iterator[Any]]) -> None:
+    def _do(self, task: Task, mapper: Mapper) -> None:
         if self.stopping.is_set():
             return
         place = self.plan.place(task)
@@ -299,7 +299,7 @@ def _reserve(handle: int, nbytes: int) -> None:
 
 
 def _write_all(handle: int, values: Array, offset: int) -> None:
-    left = memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1))
+    left = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     while left:
         written = os.pwrite(handle, left, offset)
         offset += written

@@ -124,7 +124,7 @@ class Plan:
 
     def _task_json(self, task: Task) -> dict[str, Any]:
         place = self.place(task)
-        computed = isinstance(task.tensor, Computed)
+        computed = task.tensor if isinstance(task.tensor, Computed) else None
         return {
             "name": task.name,
             "shape": list(task.shape),
@@ -132,12 +132,12 @@ class Plan:
             "shard": self.layout.shards[place.shard].path,
             "offset": place.offset,
             "nbytes": place.nbytes,
-            "method": task.tensor.method.name if isinstance(task.tensor, Computed) else None,
+            "method": computed.method.name if computed else None,
             "inputs": [
                 {"model": self.sources.get(id(tensor), ""), "tensor": tensor.name}
                 for tensor in stored_within(task.tensor)
             ],
-            "parameters": _json(task.tensor.parameters) if computed else {},
+            "parameters": _json(computed.parameters) if computed else {},
         }
 
 

@@ -28,7 +28,7 @@ class ThreadMapper:
         self.threads = max(threads, 1)
         self._pool = ThreadPoolExecutor(self.threads, "weightsmith") if self.threads > 1 else None
 
-    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
         """Yield the function's results in the order of the items."""
         if self._pool is None:
             yield from map(function, items)

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 Histogram = npt.NDArray[np.int64]
+# The width of the patterns in bits, and one histogram per array.
+Counted = tuple[int, list[Histogram]]
 _BINS = 1 << 16
 
 
-def histograms(arrays: Sequence[Any], prefixes: Sequence[int], level: int) -> tuple[int, list[Histogram]]:
+def histograms(arrays: Sequence[Any], prefixes: Sequence[int], level: int) -> Counted:
     """Count, for each array, the elements whose leading bits equal its prefix, by their next 16 bits.
 
     Args:
@@ -41,7 +43,7 @@ def histograms(arrays: Sequence[Any], prefixes: Sequence[int], level: int) -> tu
     return width, counted
 
 
-def add(one: tuple[int, list[Histogram]], other: tuple[int, list[Histogram]]) -> tuple[int, list[Histogram]]:
+def add(one: Counted, other: Counted) -> Counted:
     """Add two results of :func:`histograms`."""
     return one[0], [a + b for a, b in zip(one[1], other[1], strict=True)]
 
@@ -69,3 +71,22 @@ def value_of(pattern: int, width: int) -> float:
     if width == 32:
         return float(np.uint32(pattern).view(np.float32))
     return float(np.uint64(pattern).view(np.float64))
+
+
+def rank_table(histogram: Histogram) -> npt.NDArray[np.float64]:
+    """Return for every digit the mean rank of its elements, from 0 (smallest) to 1: ``[65536]``.
+
+    Args:
+        histogram: counts by the leading 16 bits.
+    """
+    below = np.cumsum(histogram) - histogram
+    total = max(int(histogram.sum()) - 1, 1)
+    return np.asarray((below + (histogram - 1) / 2.0) / total).clip(0.0, 1.0)
+
+
+def look_up(array: Any, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the table's entry for the leading 16 bits of every element, in the array's shape."""
+    values = np.ascontiguousarray(array)
+    width = values.dtype.itemsize * 8
+    leading = values.view(np.uint32 if width == 32 else np.uint64) >> (width - 16)
+    return np.asarray(table[leading])

@@ -72,7 +72,7 @@ class Block:
             they depend on seed, tensor, model and element alone.
     """
 
-    base: Array | None
+    base: Array
     models: tuple[Array, ...]
     start: int
     draw: Callable[[int], Array]

@@ -25,7 +25,7 @@ Property = Literal["idempotent", "symmetric", "translates", "removable"]
 TrimScope = Literal["tensor", "layer", "model"]
 
 # Importing a family registers its methods. A new family is added here and nowhere else.
-_FAMILIES = ("linear", "spherical", "deltas", "consensus", "selective", "stock")
+_FAMILIES = ("linear", "spherical", "deltas", "dropping", "consensus", "selective", "stock")
 _ENTRY_POINTS = "weightsmith.methods"
 
 
@@ -357,6 +357,9 @@ def _parameter(name: str, hint: Any, default: Any, method_name: str) -> Paramete
             "use float, int, bool, str, a Literal of texts, or PerModel of one of these"
         )
     required = default is inspect.Parameter.empty
+    if per_model and isinstance(default, tuple) and len(default) == 1:
+        # Written as a tuple of one, so that the annotation is true; it is the default of every model.
+        default = default[0]
     return Parameter(
         name=name,
         kind=kind,

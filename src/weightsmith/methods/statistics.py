@@ -47,8 +47,8 @@ def gram(vectors: Callable[[Block], Sequence[Array]]) -> Statistic[list[list[flo
         return []
     flat = [math.fsum(column) for column in zip(*rows, strict=True)]
     count = (math.isqrt(8 * len(flat) + 1) - 1) // 2
-    at = lambda i, j: flat[i * (i + 1) // 2 + j] if i >= j else flat[j * (j + 1) // 2 + i]  # noqa: E731
-    return [[at(i, j) for j in range(count)] for i in range(count)]
+    lower = [[flat[i * (i + 1) // 2 + j] for j in range(i + 1)] for i in range(count)]
+    return [[lower[max(i, j)][min(i, j)] for j in range(count)] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,12 @@ def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -
     equal = [0] * len(counts)
     bits = 16
     level = 0
+
+    def histograms(block: Block) -> select.Counted:
+        return select.histograms(values(block), prefixes, level)
+
     while level * 16 < bits:
-        found = yield Sweep(lambda block: select.histograms(values(block), prefixes, level), select.add)
+        found = yield Sweep(histograms, select.add)
         if not found:
             return [Cut(math.inf, -1) for _ in counts]
         bits, combined = found[0]
@@ -111,16 +115,16 @@ def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -
         elif wanted[i] == equal[i]:
             cuts.append(Cut(value, _EVERYWHERE))
         else:
-            cuts.append(Cut(value, (yield from _tie(lambda block, i=i: values(block)[i], value, wanted[i]))))
+            cuts.append(Cut(value, (yield from _tie(values, i, value, wanted[i]))))
     return cuts
 
 
-def _tie(values: Callable[[Block], Array], value: float, wanted: int) -> Statistic[int]:
+def _tie(values: Callable[[Block], Sequence[Array]], which: int, value: float, wanted: int) -> Statistic[int]:
     """Return the position of the wanted-th element (counted from 1) that equals the value."""
-    per_block = yield Sweep(lambda block: int(block.xp.count_nonzero(values(block) == value)))
-    for index, ties in enumerate(per_block):
-        if ties >= wanted:
-            break
-        wanted -= ties
-    found = yield Sweep(lambda block: int(block.positions[values(block) == value][wanted - 1]), only=index)
+    per_block = yield Sweep(lambda block: int(block.xp.count_nonzero(values(block)[which] == value)))
+    index = 0
+    while per_block[index] < wanted:
+        wanted -= per_block[index]
+        index += 1
+    found = yield Sweep(lambda block: int(block.positions[values(block)[which] == value][wanted - 1]), only=index)
     return int(found[0])

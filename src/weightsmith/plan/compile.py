@@ -22,7 +22,7 @@ from weightsmith.plan.merged import Beside, LazyCheckpoint
 from weightsmith.plan.naming import Naming, name_slots
 from weightsmith.plan.slots import Model, Settings
 from weightsmith.recipe.dump import to_yaml
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Merge, Recipe
 from weightsmith.tokenizer.chat_template import choose_template, read_template
 from weightsmith.tokenizer.vocabulary import read_vocabulary
 
@@ -51,7 +51,7 @@ def compile_recipe(recipe: Recipe, opened: Mapping[str, Checkpoint] | None = Non
     return _compile_one(recipe, find, recipe.name or "merged")
 
 
-def _compile_one(recipe: Recipe, find: Callable[[str], Checkpoint], name: str) -> LazyCheckpoint:
+def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) -> LazyCheckpoint:
     method = get_method(recipe.merge_method)
     _check_parameters(recipe, method)
     naming = name_slots(recipe, _opener(find))
@@ -113,7 +113,7 @@ def _opener(find: Callable[[str], Checkpoint]) -> Callable[[str], Model]:
     return open_model
 
 
-def _check_parameters(recipe: Recipe, method: Method) -> None:
+def _check_parameters(recipe: Merge, method: Method) -> None:
     """Refuse parameters that the method does not take, or that are given where they would have no effect."""
 
     def check(settings: Settings | None, where: str, *, one_model: bool) -> None:
@@ -140,7 +140,7 @@ def _check_parameters(recipe: Recipe, method: Method) -> None:
                 check(source.parameters, where, one_model=True)
 
 
-def _check_models(recipe: Recipe, method: Method, naming: Naming) -> None:
+def _check_models(recipe: Merge, method: Method, naming: Naming) -> None:
     """Check the number of models, and that their weights are numbers a method can work on."""
     for slot in naming.slots:
         if not slot.carried:
@@ -164,7 +164,7 @@ def _check_models(recipe: Recipe, method: Method, naming: Naming) -> None:
 
 
 def _config(
-    recipe: Recipe,
+    recipe: Merge,
     naming: Naming,
     maker: Maker,
     tensors: Mapping[str, Any],
@@ -188,7 +188,7 @@ def _config(
     return config
 
 
-def _tokenizer_of(recipe: Recipe, naming: Naming) -> Model:
+def _tokenizer_of(recipe: Merge, naming: Naming) -> Model:
     """Return the model whose tokenizer the result takes: the donor, or the one the recipe names."""
     source = recipe.tokenizer_source
     if recipe.tokenizer is not None:

@@ -15,7 +15,7 @@ from weightsmith.methods.registry import Method
 from weightsmith.methods.settings import complete
 from weightsmith.plan.slots import Contribution, Slot
 from weightsmith.recipe.schedule import resolve
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Merge
 
 _SHOWN = 5
 
@@ -28,7 +28,7 @@ class Maker:
         untied: names of head tensors that some model ties to its embeddings and another does not.
     """
 
-    def __init__(self, recipe: Recipe, method: Method) -> None:
+    def __init__(self, recipe: Merge, method: Method) -> None:
         self._recipe = recipe
         self._method = method
         self._cast = dtypes.float_from_name(recipe.dtype) if recipe.dtype else None
@@ -95,9 +95,13 @@ class Maker:
 
     def _participants(self, slot: Slot) -> tuple[Contribution | None, list[Contribution]]:
         """Tell the base from the models; a method without use for a base treats it as any other model."""
-        if self._method.base == "unused" or slot.base is None:
+        if slot.base is None:
             return None, list(slot.models)
         own = slot.base.model
+        if self._method.base == "unused":
+            listed = any(one.model is own for one in slot.models)
+            unlisted = [] if listed or self._recipe.compat != "mergekit" else [slot.base]
+            return None, [*slot.models, *unlisted]
         return slot.base, [one for one in slot.models if one.model is not own]
 
     def _find(self, one: Contribution) -> Tensor | None:

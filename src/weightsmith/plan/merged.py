@@ -25,7 +25,7 @@ from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import default_threads
 from weightsmith.errors import OutputError
 from weightsmith.recipe.dump import to_yaml
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Merge
 
 RECIPE_FILE = "weightsmith.yaml"
 
@@ -59,7 +59,7 @@ class LazyCheckpoint(Checkpoint):
         name: str,
         tensors: Mapping[str, Tensor],
         *,
-        recipe: Recipe,
+        recipe: Merge,
         companions: Companions,
         beside: Beside,
         inputs: Sequence[Checkpoint],

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from weightsmith.architecture.stacks import Architecture, Stack, analyse
+from weightsmith.architecture.stacks import Architecture, Stack, analyse, before_layers
 from weightsmith.architecture.towers import match_tower, tower
 from weightsmith.errors import PlanError
 from weightsmith.plan.slots import Contribution, Model, Settings, Slot, union
 from weightsmith.recipe.schedule import Place
-from weightsmith.recipe.schema import ModelInput, Recipe, Slice
+from weightsmith.recipe.schema import Merge, ModelInput, Module, Slice, Source
 
 Open = Callable[[str], Model]
 
@@ -67,7 +67,7 @@ class _Part:
         return {name.removeprefix(prefix): name for name in model.checkpoint if name.startswith(prefix)}
 
 
-def name_slots(recipe: Recipe, open_model: Open) -> Naming:
+def name_slots(recipe: Merge, open_model: Open) -> Naming:
     """Find out which tensors the output has and what each is made from.
 
     Args:
@@ -81,7 +81,7 @@ def name_slots(recipe: Recipe, open_model: Open) -> Naming:
     listed = [open_model(reference) for reference in _references(recipe)]
     donor = base or listed[0]
     models = tuple(dict.fromkeys([donor, *listed]))
-    top = recipe.parameters or {}
+    top = recipe.parameters
     if recipe.modules:
         slots, restacks = _name_modules(recipe, donor, base, open_model)
         return Naming(tuple(slots), donor, models, tuple(restacks))
@@ -93,8 +93,9 @@ def name_slots(recipe: Recipe, open_model: Open) -> Naming:
     return Naming(tuple(slots), donor, models)
 
 
-def _references(recipe: Recipe) -> Iterable[str]:
-    for holder in [recipe, *(recipe.modules or {}).values()]:
+def _references(recipe: Merge) -> Iterable[str]:
+    holders: list[Merge | Module] = [recipe, *(recipe.modules or {}).values()]
+    for holder in holders:
         for entry in holder.models or ():
             yield entry.model
         for piece in holder.slices or ():
@@ -103,7 +104,7 @@ def _references(recipe: Recipe) -> Iterable[str]:
 
 
 def _name_models(part: _Part, inputs: Sequence[ModelInput], base: Model | None, open_model: Open) -> list[Slot]:
-    models = [(open_model(entry.model), entry.parameters or {}) for entry in inputs]
+    models = [(open_model(entry.model), entry.parameters) for entry in inputs]
     everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in models)]))
     names = union(*(part.seen(model) for model in everyone))
     architecture = analyse(names, part.donor.checkpoint.config)
@@ -127,13 +128,9 @@ def _whereabouts(architecture: Architecture, name: str) -> tuple[int | None, flo
     place = architecture.locate(name)
     if place is None:
         return None, None, ""
-    layer = place.stack.indices.index(place.index) if not _plain(place.stack) else place.index
+    layer = place.stack.ranks[place.index]
     last = len(place.stack.indices) - 1
     return layer, layer / last if last else 1.0, place.stack.prefix
-
-
-def _plain(stack: Stack) -> bool:
-    return stack.indices[0] == 0 and stack.indices[-1] == len(stack.indices) - 1
 
 
 def _name_slices(
@@ -147,14 +144,14 @@ def _name_slices(
             architectures[id(model)] = (found, _only_stack(found, model, part.module))
         return architectures[id(model)]
 
-    donor_architecture, donor_stack = of(part.donor)
+    _, donor_stack = of(part.donor)
     slots: list[Slot] = []
     picked: list[int] = []
     for number, piece in enumerate(slices):
         slice_base = open_model(piece.base_model) if piece.base_model else base
         sources = [(open_model(s.model), s) for s in piece.sources]
         length = _slice_length(number, piece, sources, of)
-        levels = (piece.parameters or {}, *part.levels)
+        levels = (piece.parameters, *part.levels)
         if number == 0:
             slots += _outside(part, sources, slice_base, levels, of, before=True)
         starts = [(model, source.layer_range[0]) for model, source in sources]
@@ -166,11 +163,11 @@ def _name_slices(
             everyone = list(starts)
             if slice_base is not None and all(model is not slice_base for model, _ in starts):
                 everyone.append((slice_base, base_start))
-            members = [_layer_names(*of(model), start + step) for model, start in everyone]
+            members = [_layer(*of(model), start + step) for model, start in everyone]
             for suffix in union(*members):
-                output = _layer_name(donor_stack, layer, suffix)
+                output = donor_stack.name(layer, suffix)
                 contributions = [
-                    Contribution(model, part.name_in(model, _name_at(*of(model), start + step, suffix)))
+                    Contribution(model, part.name_in(model, _name_at(of(model)[1], start + step, suffix)))
                     for model, start in everyone
                 ]
                 position = step / (length - 1) if length > 1 else 1.0
@@ -178,7 +175,7 @@ def _name_slices(
                     Slot(
                         Place(part.prefix + output, layer, position, part.module),
                         tuple(
-                            Contribution(one.model, one.tensor, source.parameters or {})
+                            Contribution(one.model, one.tensor, source.parameters)
                             for one, (_, source) in zip(contributions, sources, strict=False)
                         ),
                         next((one for one in contributions if one.model is slice_base), None),
@@ -193,7 +190,7 @@ def _name_slices(
 
 def _outside(
     part: _Part,
-    sources: Sequence[tuple[Model, object]],
+    sources: Sequence[tuple[Model, Source]],
     base: Model | None,
     levels: tuple[Settings, ...],
     of: Callable[[Model], tuple[Architecture, Stack]],
@@ -204,26 +201,22 @@ def _outside(
     models = [model for model, _ in sources]
     everyone = list(dict.fromkeys([*([base] if base else []), *models]))
     names = union(*({n: 0 for n in part.seen(m) if of(m)[0].locate(n) is None} for m in everyone))
-    architecture, _ = of(part.donor)
     return [
         Slot(
             Place(part.prefix + name, None, None, part.module),
-            tuple(
-                Contribution(model, part.name_in(model, name), source.parameters or {})  # type: ignore[attr-defined]
-                for model, source in sources
-            ),
+            tuple(Contribution(model, part.name_in(model, name), source.parameters) for model, source in sources),
             Contribution(base, part.name_in(base, name)) if base else None,
             levels,
         )
         for name in names
-        if architecture.before_layers(name) == before
+        if before_layers(name) == before
     ]
 
 
 def _slice_length(
     number: int,
     piece: Slice,
-    sources: Sequence[tuple[Model, object]],
+    sources: Sequence[tuple[Model, Source]],
     of: Callable[[Model], tuple[Architecture, Stack]],
 ) -> int:
     lengths = set()
@@ -255,17 +248,12 @@ def _only_stack(architecture: Architecture, model: Model, module: str | None) ->
     raise PlanError(f"{inside} has several stacks of layers: {listed}; say with modules: which one the slices mean")
 
 
-def _layer_names(architecture: Architecture, stack: Stack, rank: int) -> Mapping[str, str]:
+def _layer(architecture: Architecture, stack: Stack, rank: int) -> Mapping[str, str]:
     return architecture.members(stack, stack.indices[rank])
 
 
-def _name_at(architecture: Architecture, stack: Stack, rank: int, suffix: str) -> str:
-    return _layer_name(stack, stack.indices[rank], suffix)
-
-
-def _layer_name(stack: Stack, index: int, suffix: str) -> str:
-    head = f"{stack.prefix}." if stack.prefix else ""
-    return f"{head}{index}.{suffix}" if suffix else f"{head}{index}"
+def _name_at(stack: Stack, rank: int, suffix: str) -> str:
+    return stack.name(stack.indices[rank], suffix)
 
 
 def _under(stack: Stack, prefix: str) -> Stack:
@@ -273,22 +261,23 @@ def _under(stack: Stack, prefix: str) -> Stack:
 
 
 def _name_modules(
-    recipe: Recipe, donor: Model, base: Model | None, open_model: Open
+    recipe: Merge, donor: Model, base: Model | None, open_model: Open
 ) -> tuple[list[Slot], list[Restack]]:
     by_name: dict[str, list[Slot]] = {}
     restacks: list[Restack] = []
     covered: dict[str, str] = {}
-    top = recipe.parameters or {}
+    top = recipe.parameters
     for module, entry in (recipe.modules or {}).items():
         prefix = entry.prefix if entry.prefix is not None else tower(donor.checkpoint, module)
         names = tuple(n.removeprefix(prefix) for n in donor.checkpoint if n.startswith(prefix))
         if not names:
             raise PlanError(f"module {module!r}: no tensor of {donor.reference} begins with {prefix!r}")
-        part = _Part(donor, module, prefix, names, (entry.parameters or {}, top))
-        sources = list(entry.models or ()) + [s for piece in entry.slices or () for s in piece.sources]
+        part = _Part(donor, module, prefix, names, (entry.parameters, top))
+        sources: list[ModelInput | Source] = list(entry.models or ())
+        sources += [source for piece in entry.slices or () for source in piece.sources]
         for source in sources:
             model = open_model(source.model)
-            given = getattr(source, "prefix", None)
+            given = source.prefix if isinstance(source, ModelInput) else None
             if model is not donor or given is not None:
                 part.prefixes[id(model)] = (
                     given if given is not None else match_tower(prefix, names, model.checkpoint, model.reference)

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Merge
 
 
 class _Dumper(yaml.SafeDumper):
@@ -21,7 +21,7 @@ def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
 _Dumper.add_representer(list, _represent_list)
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Merge) -> str:
     """Return a recipe as YAML: steps first, defaults left out. Reading it back gives an equal recipe."""
     values = _plain(recipe.model_dump(exclude_defaults=True, exclude_none=True))
     steps = values.pop("steps", None)

@@ -248,4 +248,4 @@ def _check_steps(recipe: Recipe, origin: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    return {list: "list", str: "text"}.get(type(value), type(value).__name__)
+    return "list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__

@@ -28,7 +28,7 @@ class Place:
     module: str | None = None
 
 
-def resolve(levels: Sequence[Mapping[str, Setting | None]], parameter: str, where: Place) -> Scalar | None:
+def resolve(levels: Sequence[Mapping[str, Setting]], parameter: str, where: Place) -> Scalar | None:
     """Return the value that the nearest level gives a parameter for a tensor, or None if none gives one.
 
     Args:

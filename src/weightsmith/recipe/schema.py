@@ -74,7 +74,8 @@ class Condition(_Part):
 
 
 Setting: TypeAlias = Scalar | Condition | tuple[Scalar | Condition, ...]
-Settings: TypeAlias = dict[str, Setting | None]
+# An empty 'parameters:' is YAML's null.
+Settings: TypeAlias = Annotated[dict[str, Setting], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class ModelInput(_Part):

@@ -1,0 +1,65 @@
+"""The model card: a README.md that says what a model was made from, and how to make it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from weightsmith import __version__
+from weightsmith.checkpoint.hub import is_hub_id
+from weightsmith.checkpoint.reference import parse_reference
+
+
+def model_card(
+    recipe: str,
+    *,
+    method: str,
+    source: str,
+    models: Sequence[str],
+    base: str | None,
+    config: Mapping[str, Any],
+) -> str:
+    """Return the text of a model card, with the front matter that model hubs read.
+
+    Args:
+        recipe: the recipe as YAML.
+        method: the method's name.
+        source: where the method was published.
+        models: the models' references, as the recipe gives them.
+        base: the base's reference, if there is one.
+        config: the result's config.
+    """
+    front: dict[str, Any] = {"tags": ["weightsmith", "merge"]}
+    hub = [str(parse_reference(model).path) for model in models if "/" in model]
+    hub = [model for model in hub if is_hub_id(model) and not os.path.exists(model)]
+    if hub:
+        front["base_model"] = list(dict.fromkeys(hub))
+    if config.get("architectures"):
+        front["library_name"] = "transformers"
+    listed = "\n".join(f"- `{_inline(model)}`" + (" (base)" if model == base else "") for model in models)
+    published = f"\n\nThe method: {source}." if source else ""
+    fence = "`" * max(3, _longest_run(recipe, "`") + 1)
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n"
+        "# A merged model\n\n"
+        f"Merged with weightsmith {__version__} by `{method}` from:\n\n{listed}{published}\n\n"
+        "## The recipe\n\n"
+        "Kept beside this file as `weightsmith.yaml`; `weightsmith merge weightsmith.yaml OUT` makes the same "
+        "weights again.\n\n"
+        f"{fence}yaml\n{recipe}{fence}\n"
+    )
+
+
+def _inline(text: str) -> str:
+    return text.replace("`", "'").replace("\n", " ")
+
+
+def _longest_run(text: str, letter: str) -> int:
+    longest = run = 0
+    for one in text:
+        run = run + 1 if one == letter else 0
+        longest = max(longest, run)
+    return longest

@@ -1,0 +1,60 @@
+"""Weighted means, and a single model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from weightsmith.errors import MethodError
+from weightsmith.methods.block import Array, Block
+from weightsmith.methods.registry import Param, PerModel, method
+
+
+def weights_have_a_sum(parameters: Mapping[str, Any]) -> None:
+    """Refuse weights that sum to zero where they are to be divided by their sum."""
+    normalised = parameters.get("normalize", parameters.get("normalize_weights", False))
+    if normalised and parameters["weight"] and sum(parameters["weight"]) == 0:
+        raise MethodError("the weights sum to zero, so they cannot be normalised; set normalize: false")
+
+
+@method(
+    minimum=1,
+    check=weights_have_a_sum,
+    properties=("idempotent", "symmetric", "removable", "translates"),
+    source="Wortsman et al., Model soups, ICML 2022, arXiv:2203.05482 (uniform soup: equal weights)",
+    example={"weight": 1.0},
+)
+def linear(
+    block: Block,
+    *,
+    weight: PerModel[Annotated[float, Param("share of this model")]],
+    normalize: Annotated[bool, Param("divide by the sum of the weights")] = True,
+) -> Array:
+    """Weighted mean of the models.
+
+    ``sum_i w_i W_i / sum_i w_i``; without normalize, ``sum_i w_i W_i``. Weights may be negative. With equal
+    weights it is the uniform soup.
+    """
+    total = sum(weight) if normalize else 1.0
+    result = (weight[0] / total) * block.models[0]
+    for share, model in zip(weight[1:], block.models[1:], strict=True):
+        result = result + (share / total) * model
+    return result
+
+
+@method(
+    minimum=1,
+    maximum=1,
+    properties=("idempotent",),
+    source="mergekit (passthrough)",
+)
+def passthrough(
+    block: Block,
+    *,
+    scale: PerModel[Annotated[float | None, Param("factor on the weights")]] = (None,),
+) -> Array:
+    """One model as it is, perhaps scaled; with slices, layers of several models stacked.
+
+    ``scale * W``. Layers that slices pick are renumbered, and the config's layer count follows.
+    """
+    return block.models[0] if scale[0] is None else scale[0] * block.models[0]

@@ -1,0 +1,280 @@
+"""Interpolation along arcs instead of chords.
+
+Everything here is a combination of the inputs whose coefficients follow from their inner products alone. So one
+sweep gives the Gram matrix in float64, and one more makes the result: no vector is ever held whole, and angles
+keep their digits whatever the dtype of the files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from weightsmith.errors import MethodError
+from weightsmith.methods.block import Array, Block, Scope, Statistic
+from weightsmith.methods.linear import weights_have_a_sum
+from weightsmith.methods.registry import Granularity, Param, PerModel, method
+from weightsmith.methods.statistics import gram
+
+Gram = list[list[float]]
+Weight = Annotated[float, Param("share of this model")]
+
+# Below this length a vector has no direction (mergekit's bound for slerp).
+_NO_LENGTH = 1e-8
+# Beyond this cosine SLERP takes the straight line, as everywhere in the field.
+_PARALLEL = 0.9995
+
+
+def _with_base(scope: Scope) -> Statistic[Gram]:
+    return (yield from gram(lambda block: (block.base, *block.models)))
+
+
+def _task_vectors(scope: Scope) -> Statistic[Gram]:
+    return (yield from gram(lambda block: block.deltas))
+
+
+def _combine(coefficients: Sequence[float], vectors: Sequence[Array]) -> Array:
+    result = coefficients[0] * vectors[0]
+    for coefficient, vector in zip(coefficients[1:], vectors[1:], strict=True):
+        result = result + coefficient * vector
+    return result
+
+
+def slerp_coefficients(products: Gram, t: float) -> tuple[float, float]:
+    """Return the factors of two vectors, from their Gram matrix ``[2][2]``, at ``t`` between them."""
+    lengths = [math.sqrt(products[i][i]) for i in range(2)]
+    scale = math.prod(length if length > _NO_LENGTH else 1.0 for length in lengths)
+    cosine = max(-1.0, min(1.0, products[0][1] / scale))
+    if abs(cosine) > _PARALLEL:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+@method(
+    base="required",
+    minimum=1,
+    maximum=1,
+    statistic=_with_base,
+    properties=("idempotent",),
+    source="Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; per tensor as in mergekit",
+    example={"t": 0.4},
+)
+def slerp(
+    block: Block,
+    products: Gram,
+    *,
+    t: Annotated[float, Param("0 is the base, 1 the model")],
+) -> Array:
+    """Spherical interpolation between the base and one model.
+
+    Each tensor is one vector; with the angle a between base B and model W,
+    ``[sin((1-t) a) B + sin(t a) W] / sin a``, on vectors of their own length. Where |cos a| > 0.9995 the
+    straight line is taken: fine-tunes of one base are mostly that close, and there it is ``linear``.
+    """
+    return _combine(slerp_coefficients(products, t), (block.base, *block.models))
+
+
+def _nuslerp_reads(parameters: Mapping[str, Any]) -> Granularity:
+    if parameters["nuslerp_flatten"]:
+        return "elements"
+    return "tensor" if parameters["nuslerp_row_wise"] else "rows"
+
+
+def _nuslerp_statistic(scope: Scope, *, nuslerp_flatten: bool) -> Statistic[Gram | None]:
+    return (yield from _task_vectors(scope)) if nuslerp_flatten else None
+
+
+@method(
+    base="optional",
+    minimum=2,
+    maximum=2,
+    statistic=_nuslerp_statistic,
+    reads=_nuslerp_reads,
+    properties=("idempotent", "symmetric", "removable", "translates"),
+    source="mergekit (nuslerp)",
+    example={"weight": 1.0},
+)
+def nuslerp(
+    block: Block,
+    products: Gram | None,
+    *,
+    weight: PerModel[Weight],
+    nuslerp_flatten: Annotated[bool, Param("treat a tensor as one vector")] = True,
+    nuslerp_row_wise: Annotated[
+        bool, Param("without flatten: vectors along the first axis instead of the last")
+    ] = False,
+) -> Array:
+    """Spherical interpolation of two models, or of their task vectors where there is a base.
+
+    ``t = w_2 / (w_1 + w_2)``, 0.5 where the sum vanishes. Only the ratio of the weights counts. Without
+    flatten every vector along the last axis turns by its own angle (with row_wise, along the first).
+    """
+    total = sum(weight)
+    t = weight[1] / total if abs(total) >= 1e-6 else 0.5
+    one, other = block.deltas
+    if products is None:
+        axis = 0 if nuslerp_row_wise else -1
+        result = _slerp_vectors(block.xp, one, other, t, axis)
+    else:
+        result = _combine(_arc(products, t), (one, other))
+    return result if block.base is None else block.base + result
+
+
+def _arc(products: Gram, t: float) -> tuple[float, float]:
+    """Return the factors of two vectors; the straight line only where they are parallel to the last digit."""
+    lengths = [math.sqrt(products[i][i]) or 1.0 for i in range(2)]
+    cosine = max(-1.0, min(1.0, products[0][1] / (lengths[0] * lengths[1])))
+    sine = math.sqrt(1.0 - cosine * cosine)
+    if sine < 1e-8:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine
+
+
+def _slerp_vectors(xp: Any, one: Array, other: Array, t: float, axis: int) -> Array:
+    if one.ndim == 0:
+        return (1.0 - t) * one + t * other
+    wide_one, wide_other = xp.astype(one, xp.float64), xp.astype(other, xp.float64)
+
+    def dot(left: Array, right: Array) -> Array:
+        return xp.sum(left * right, axis=axis, keepdims=True)
+
+    lengths = xp.sqrt(dot(wide_one, wide_one)) * xp.sqrt(dot(wide_other, wide_other))
+    cosine = dot(wide_one, wide_other) / xp.where(lengths == 0, xp.ones_like(lengths), lengths)
+    cosine = xp.clip(cosine, -1.0, 1.0)
+    sine = xp.sqrt(1.0 - cosine * cosine)
+    straight = sine < 1e-8
+    safe = xp.where(straight, xp.ones_like(sine), sine)
+    angle = xp.acos(cosine)
+    first = xp.where(straight, xp.full_like(sine, 1.0 - t), xp.sin((1.0 - t) * angle) / safe)
+    second = xp.where(straight, xp.full_like(sine, t), xp.sin(t * angle) / safe)
+    return xp.astype(first * wide_one + second * wide_other, one.dtype)
+
+
+def _unit_gram(products: Gram, smallest: float) -> tuple[list[float], Gram]:
+    """Return the lengths of vectors, and the inner products of their directions (0 for one without)."""
+    lengths = [math.sqrt(max(products[i][i], 0.0)) for i in range(len(products))]
+    scale = [1.0 / length if length > smallest else 0.0 for length in lengths]
+    return lengths, [[products[i][j] * scale[i] * scale[j] for j in range(len(products))] for i in range(len(products))]
+
+
+def _dot(one: Sequence[float], products: Gram, other: Sequence[float]) -> float:
+    return math.fsum(one[i] * products[i][j] * other[j] for i in range(len(one)) for j in range(len(other)))
+
+
+def _length(vector: Sequence[float], products: Gram) -> float:
+    return math.sqrt(max(_dot(vector, products, vector), 0.0))
+
+
+def _tangents(point: Sequence[float], products: Gram, *, project: bool, smallest: float) -> list[list[float]]:
+    """Return, in coefficients of the directions, every direction seen from a point on the sphere.
+
+    The logarithm ``a / sin a (u - cos a m)`` keeps distances; the plain projection ``u - cos a m`` does not.
+    """
+    found = []
+    for i in range(len(products)):
+        unit = [1.0 if j == i else 0.0 for j in range(len(products))]
+        cosine = max(-1.0, min(1.0, _dot(unit, products, point)))
+        angle = math.acos(cosine)
+        if products[i][i] == 0.0 or (not project and angle < smallest):
+            found.append([0.0] * len(products))
+            continue
+        factor = 1.0 if project else angle / math.sin(angle) if math.sin(angle) > 0 else 0.0
+        found.append([factor * (u - cosine * p) for u, p in zip(unit, point, strict=True)])
+    return found
+
+
+def _step(point: Sequence[float], tangent: Sequence[float], products: Gram) -> list[float]:
+    """Walk from a point on the sphere along a tangent by its length."""
+    length = _length(tangent, products)
+    if length == 0.0:
+        return list(point)
+    return [math.cos(length) * p + math.sin(length) / length * v for p, v in zip(point, tangent, strict=True)]
+
+
+@method(
+    base="optional",
+    minimum=1,
+    statistic=_task_vectors,
+    check=weights_have_a_sum,
+    properties=("idempotent", "symmetric", "removable", "translates"),
+    source="mergekit (multislerp), by Allan Goddard; with the logarithm of the sphere",
+    compat={"mergekit": {"tangent": "projection"}},
+    example={"weight": 1.0},
+)
+def multislerp(
+    block: Block,
+    products: Gram,
+    *,
+    weight: PerModel[Weight],
+    normalize_weights: Annotated[bool, Param("divide the weights by their sum")] = True,
+    eps: Annotated[float, Param("shorter vectors have no direction", minimum=0)] = 1e-8,
+    tangent: Annotated[Literal["log", "projection"], Param("how directions are seen from their mean")] = "log",
+) -> Array:
+    """Barycentre of several models on the sphere, in one step from their mean direction.
+
+    With directions u_i and m = sum w_i u_i, normalised: every u_i is taken to the tangent space at m
+    (logarithm), averaged there with the weights, taken back (exponential), and given the mean length
+    ``sum w_i |x_i|``. With a base, on task vectors. mergekit projects instead of taking the logarithm, and
+    then the weighted sum of the tangents is zero by construction and the result is m itself
+    (``tangent: projection``).
+    """
+    shares = [w / sum(weight) for w in weight] if normalize_weights else list(weight)
+    lengths, directions = _unit_gram(products, eps)
+    length = math.fsum(w * x for w, x in zip(shares, lengths, strict=True))
+    size = _length(shares, directions)
+    if size <= eps:
+        if len(shares) > 2:
+            raise MethodError(
+                "the weighted directions cancel, so they have no mean direction; change the weights or use karcher"
+            )
+        coefficients = shares
+    else:
+        mean = [w / size for w in shares]
+        tangents = _tangents(mean, directions, project=tangent == "projection", smallest=eps)
+        step = [math.fsum(w * v[j] for w, v in zip(shares, tangents, strict=True)) for j in range(len(shares))]
+        point = _step(mean, step, directions)
+        coefficients = [length * p / x if x > eps else 0.0 for p, x in zip(point, lengths, strict=True)]
+    result = _combine(coefficients, block.deltas)
+    return result if block.base is None else block.base + result
+
+
+@method(
+    minimum=1,
+    statistic=_task_vectors,
+    properties=("idempotent", "symmetric"),
+    source="Karcher, Riemannian center of mass, Comm. Pure Appl. Math. 1977; per tensor as in mergekit",
+)
+def karcher(
+    block: Block,
+    products: Gram,
+    *,
+    max_iter: Annotated[int, Param("most steps", minimum=1)] = 10,
+    tol: Annotated[float, Param("stop when a step is shorter, in radians", minimum=0)] = 1e-5,
+) -> Array:
+    """Mean direction of the models on the sphere (equal weights), with their mean length.
+
+    From the normalised mean of the directions, steps along the mean of the logarithms until they are shorter
+    than tol. The iteration runs on coefficients of the inputs in float64; mergekit runs it on tensors in the
+    files' dtype, which in bfloat16 loses small angles. Zero tensors count in the length alone.
+    """
+    count = len(products)
+    lengths, directions = _unit_gram(products, 0.0)
+    living = sum(length > 0 for length in lengths)
+    start = [1.0 if length > 0 else 0.0 for length in lengths]
+    size = _length(start, directions)
+    if size == 0.0:
+        return _combine([1.0 / count] * count, block.models)
+    point = [s / size for s in start]
+    for _ in range(max_iter):
+        tangents = _tangents(point, directions, project=False, smallest=tol)
+        step = [math.fsum(column) / living for column in zip(*tangents, strict=True)]
+        if _length(step, directions) < tol:
+            break
+        point = _step(point, step, directions)
+        size = _length(point, directions)
+        point = [p / size for p in point]
+    mean = math.fsum(lengths) / count
+    return _combine([mean * p / x if x > 0 else 0.0 for p, x in zip(point, lengths, strict=True)], block.models)
