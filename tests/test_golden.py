@@ -25,11 +25,13 @@ REFUSED = {
 DIFFERENT = {
     "linear_base_unlisted_weight",
     "linear_slices_uneven",
+    "model_stock_filter_wise_three",
+    "model_stock_filter_wise_two",
+    "model_stock_three",
     "multislerp",
     "multislerp_base",
     "multislerp_two",
     "multislerp_unnormalized",
-    "ramplus_tl",
     "ramplus_tl_settings",
 }
 # Not restored by compat: the final norm and head of a last slice with several sources come from all of them.

@@ -183,8 +183,7 @@ def _check_inside(path: str, file: str) -> None:
 
 def _read_file(path: str) -> tuple[Mapping[str, Tensor], Identity]:
     source = open_source(path)
-    start = bytes(source.read(0, min(source.size, 4)))
-    if path.endswith(_PICKLES) or start[:2] == b"PK" or start[:1] == b"\x80":
+    if path.endswith(_PICKLES) or bytes(source.read(0, min(source.size, 4))) == b"PK\x03\x04":
         return torch_pickle.read_state_dict(source)
     return read_header(source)
 
