@@ -16,7 +16,7 @@ from weightsmith.methods.registry import get_method
 from weightsmith.plan.compile import compile_recipe
 from weightsmith.plan.merged import LazyCheckpoint
 from weightsmith.recipe.dump import to_yaml
-from weightsmith.recipe.load import load_recipe
+from weightsmith.recipe.load import load_recipe, validate
 from weightsmith.recipe.schema import Merge, Recipe
 
 if TYPE_CHECKING:
@@ -80,30 +80,52 @@ def merge(
         PlanError: if the models cannot be merged so.
     """
     inputs = _Inputs()
-    references = [inputs.reference(model) for model in models]
-    base_reference = None if base is None else inputs.reference(base)
-    shared, own = _divide(method, parameters, len(models))
-    recipe = Recipe.model_validate(
-        {
-            "merge_method": method,
-            "models": [
-                {"model": reference, "parameters": settings}
-                for reference, settings in zip(references, own, strict=True)
-            ],
-            "base_model": base_reference,
-            "parameters": shared,
-            "dtype": dtype,
-            "out_dtype": out_dtype,
-            "seed": seed,
-            "compat": compat,
-            "tokenizer_source": tokenizer_source,
-            "chat_template": chat_template,
-            "on_missing": on_missing,
-            "on_shape_mismatch": on_shape_mismatch,
-            "steps": inputs.steps,
-        }
+    recipe = build_recipe(
+        method,
+        [inputs.reference(model) for model in models],
+        None if base is None else inputs.reference(base),
+        parameters,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        seed=seed,
+        compat=compat,
+        tokenizer_source=tokenizer_source,
+        chat_template=chat_template,
+        on_missing=on_missing,
+        on_shape_mismatch=on_shape_mismatch,
+        steps=inputs.steps,
     )
     return compile_recipe(recipe, inputs.opened)
+
+
+def build_recipe(
+    method: str, models: Sequence[str], base: str | None, parameters: Mapping[str, Any], **settings: Any
+) -> Recipe:
+    """Return the recipe of one merge.
+
+    Args:
+        method: the method's name.
+        models: the models' references.
+        base: the base's reference.
+        parameters: the method's parameters, as :func:`merge` takes them.
+        **settings: further keys of the recipe.
+
+    Raises:
+        MethodError: if the method is unknown or does not take these parameters.
+        RecipeError: if a key or value is not one that a recipe takes.
+    """
+    shared, own = _divide(method, parameters, len(models))
+    document = {
+        "merge_method": method,
+        "models": [
+            {"model": reference, **({"parameters": given} if given else {})}
+            for reference, given in zip(models, own, strict=True)
+        ],
+        **({"base_model": base} if base is not None else {}),
+        **({"parameters": shared} if shared else {}),
+        **settings,
+    }
+    return validate(document, "the merge")
 
 
 def average(models: Sequence[Source], weights: Sequence[float] | None = None) -> LazyCheckpoint:

@@ -35,7 +35,15 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",
-        {"vocab_size": 64, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+        {
+            "vocab_size": 64,
+            "d_model": 16,
+            "d_ff": 32,
+            "d_kv": 8,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
     ),
     "vit": ("ViTConfig", "ViTForImageClassification", VISION),
     "clip": (

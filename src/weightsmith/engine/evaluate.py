@@ -103,8 +103,9 @@ class Evaluator:
 
     def prepare(self, tensor: Tensor, mapper: Mapper = in_turn) -> None:
         """Compute the statistics of every method within an expression, sweeping the data with ``mapper``."""
-        for part in computed_within(tensor):
-            self.statistic(part, mapper)
+        if tensor.size:
+            for part in computed_within(tensor):
+                self.statistic(part, mapper)
 
     def statistic(self, tensor: Computed, mapper: Mapper = in_turn) -> Any:
         """Return the statistic of a computed tensor's method over the tensor's group, or None."""

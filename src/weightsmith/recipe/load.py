@@ -40,7 +40,7 @@ def load_recipe(source: str | os.PathLike[str], variables: Mapping[str, Any] | N
     main, steps = _divide(documents, origin)
     if steps:
         main = {**main, "steps": {**steps, **(main.get("steps") or {})}}
-    recipe = _validate(main, origin)
+    recipe = validate(main, origin)
     _check_steps(recipe, origin)
     return recipe
 
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
-            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            name = self.construct_object(key, deep=True)
             if not isinstance(name, str | int | float | bool):
                 raise RecipeError(f"line {key.start_mark.line + 1}: {name!r} cannot be a key")
             if name in seen:
@@ -204,7 +204,16 @@ def _divide(documents: list[dict[str, Any]], origin: str) -> tuple[dict[str, Any
     return main, steps
 
 
-def _validate(document: Mapping[str, Any], origin: str) -> Recipe:
+def validate(document: Mapping[str, Any], origin: str) -> Recipe:
+    """Turn parsed values into a recipe.
+
+    Args:
+        document: the recipe's keys and values, includes and variables resolved.
+        origin: what to call the recipe in errors.
+
+    Raises:
+        RecipeError: if it is not a recipe.
+    """
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:

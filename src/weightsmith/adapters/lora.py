@@ -1,0 +1,220 @@
+"""LoRA on a base, as a lazy checkpoint: ``W + s B A``, formed block by block.
+
+Hu et al., LoRA, ICLR 2022, arXiv:2106.09685. With rank r, ``s = alpha / r``; rank-stabilised LoRA
+(Kalajdzievski, 2023, arXiv:2312.03732): ``s = alpha / sqrt(r)``. Layout and settings are those of PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from weightsmith import dtypes
+from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.tensor import Array, Tensor
+from weightsmith.errors import CheckpointError, PlanError, did_you_mean
+from weightsmith.kernels.convert import narrow, widen
+
+_PREFIX = "base_model.model."
+# module . lora_A . weight, or module . lora_embedding_A (a bare parameter)
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?$")
+
+
+class FoldedTensor(Tensor):
+    """A base's tensor with an adapter's low-rank change added.
+
+    Attributes:
+        base: the base's tensor, ``[out, in]`` (or ``[in, out]`` where the layer is stored transposed; or a
+            convolution's ``[out, in, height, width]``).
+    """
+
+    def __init__(self, base: Tensor, down: Tensor, up: Tensor, scale: float, *, transposed: bool) -> None:
+        """Combine a tensor with two factors.
+
+        Args:
+            base: the base's tensor.
+            down: A, ``[rank, in]`` (a convolution's ``[rank, in, height, width]``).
+            up: B, ``[out, rank]`` (a convolution's ``[out, rank, 1, 1]``).
+            scale: s.
+            transposed: whether the base holds the transpose of ``[out, in]``.
+        """
+        self.name = base.name
+        self.shape = base.shape
+        self.dtype = base.dtype
+        self.base = base
+        self._down = down
+        self._up = up
+        self._scale = scale
+        self._transposed = transposed
+
+    def read(self, start: int, stop: int) -> Array:
+        """See :meth:`Tensor.read`; rounded to the base's dtype."""
+        return narrow(self.read_wide(start, stop), self.dtype)
+
+    def read_wide(self, start: int, stop: int) -> Array:
+        """Return elements ``start`` to ``stop`` unrounded: ``[n]``, float32 (float64 if the base is)."""
+        working = self._factors[0].dtype
+        width = max(self.size // max(self.shape[0], 1), 1)
+        first, last = start // width, -(-stop // width)
+        left, right = self._factors
+        change = (left[first:last] @ right).reshape(-1)[start - first * width : stop - first * width]
+        return widen(self.base.read(start, stop), working) + change
+
+    @cached_property
+    def _factors(self) -> tuple[Array, Array]:
+        """Return matrices whose product, row by row, is the change: ``[rows, rank]`` and ``[rank, columns]``."""
+        working = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+        down = widen(self._down.read(0, self._down.size), working).reshape(self._down.shape[0], -1)
+        up = widen(self._up.read(0, self._up.size), working).reshape(-1, self._up.shape[1])
+        scale = working.type(self._scale)
+        return (down.T * scale, np.ascontiguousarray(up.T)) if self._transposed else (up * scale, down)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What an adapter's config says of its scale."""
+
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    stabilised: bool
+    transposed: bool
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return s for one module, whose factors have this rank."""
+        stated = _by_pattern(self.ranks, module, self.rank)
+        if stated != rank:
+            raise CheckpointError(f"the adapter's config gives {module} rank {stated}, and its factors have {rank}")
+        alpha = _by_pattern(self.alphas, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
+
+
+def fold(base: Checkpoint, adapter: Checkpoint, *, name: str | None = None) -> Checkpoint:
+    """Fold a LoRA into its base, lazily.
+
+    Args:
+        base: the model.
+        adapter: an adapter in PEFT's layout: LoRA with any ranks, alphas and scaling, on linear layers,
+            embeddings and convolutions, with trained biases and ``modules_to_save``.
+        name: the result's name.
+
+    Returns:
+        The base with the adapter's change in every tensor it is for; the rest is the base's own.
+
+    Raises:
+        CheckpointError: if the adapter is of another kind, or does not fit its own config.
+        PlanError: if the base lacks a tensor that the adapter changes, or it has another shape.
+    """
+    settings = _read_settings(adapter)
+    tensors: dict[str, Tensor] = dict(base)
+    for module, (down, up, embedding) in _factors(adapter).items():
+        target = _find(f"{module}.weight", base, adapter)
+        if embedding:
+            # An embedding's factors are stored transposed: A [rank, vocabulary], B [width, rank].
+            rank, transposed = down.shape[0], True
+        else:
+            rank, transposed = down.shape[0], settings.transposed
+        folded = FoldedTensor(base[target], down, up, settings.scale(module, rank), transposed=transposed)
+        _check_shape(folded, down, up, adapter, transposed=transposed)
+        tensors[target] = folded
+    for key, tensor in adapter.items():
+        if _FACTOR.match(key) is None:
+            target = _find(_plain_name(key), base, adapter)
+            if base[target].shape != tensor.shape:
+                raise PlanError(
+                    f"{adapter.name} brings {target} as {list(tensor.shape)}, and {base.name} has it as "
+                    f"{list(base[target].shape)}"
+                )
+            tensors[target] = tensor
+    files = {**base.companions.files, **adapter.companions.files}
+    return Checkpoint(
+        name or f"{base.name}+{adapter.name}",
+        tensors,
+        Companions(base.config, files),
+        base.identities + adapter.identities,
+        base.components,
+    )
+
+
+def _read_settings(adapter: Checkpoint) -> _Settings:
+    config = adapter.config
+    kind = config.get("peft_type")
+    if kind is None:
+        raise CheckpointError(f"{adapter.name} is no adapter: it has no adapter_config.json with a peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{adapter.name} is an adapter of the kind {kind}, which cannot be folded yet; LORA can")
+    if config.get("use_dora"):
+        raise CheckpointError(f"{adapter.name} uses DoRA, which cannot be folded yet; plain LoRA can")
+    if config.get("alora_invocation_tokens"):
+        raise CheckpointError(f"{adapter.name} acts on some tokens alone (aLoRA), so no plain weights equal it")
+    if config.get("layer_replication"):
+        raise CheckpointError(f"{adapter.name} replicates layers, which cannot be folded yet")
+    return _Settings(
+        rank=int(config.get("r", 8)),
+        alpha=float(config.get("lora_alpha", 8)),
+        ranks=config.get("rank_pattern") or {},
+        alphas=config.get("alpha_pattern") or {},
+        stabilised=bool(config.get("use_rslora")),
+        transposed=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def _factors(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor, bool]]:
+    """Return module -> A, B and whether it is an embedding."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    embeddings = set()
+    for key, tensor in adapter.items():
+        match = _FACTOR.match(key)
+        if match is None:
+            if ".lora_" in key:
+                raise CheckpointError(f"{adapter.name} holds {key}, which is no part of plain LoRA")
+            continue
+        module = _plain_name(match["module"])
+        sides.setdefault(module, {})[match["side"]] = tensor
+        if match["embedding"]:
+            embeddings.add(module)
+    for module, found in sides.items():
+        if set(found) != {"A", "B"}:
+            raise CheckpointError(f"{adapter.name} has only lora_{next(iter(found))} for {module}, and needs both")
+    return {module: (found["A"], found["B"], module in embeddings) for module, found in sides.items()}
+
+
+def _plain_name(key: str) -> str:
+    key = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return re.sub(r"\.modules_to_save(\.default)?\.", ".", key)
+
+
+def _find(name: str, base: Checkpoint, adapter: Checkpoint) -> str:
+    """Return the base's name of a tensor; bases saved without their head's wrapper lack its first part."""
+    for candidate in (name, name.partition(".")[2]):
+        if candidate in base:
+            return candidate
+    raise PlanError(f"{adapter.name} changes {name}, which {base.name} does not have{did_you_mean(name, base)}")
+
+
+def _check_shape(folded: FoldedTensor, down: Tensor, up: Tensor, adapter: Checkpoint, *, transposed: bool) -> None:
+    if not dtypes.is_float(folded.dtype):
+        raise PlanError(f"{adapter.name} changes {folded.name}, which is {dtypes.name_of(folded.dtype)}, not weights")
+    inner = down.size // max(down.shape[0], 1)
+    own = (folded.shape[0], folded.size // max(folded.shape[0], 1)) if folded.shape else (1, 1)
+    product = (inner, up.shape[0]) if transposed else (up.shape[0], inner)
+    if len(up.shape) < 2 or up.shape[1] != down.shape[0] or up.size != up.shape[0] * up.shape[1] or own != product:
+        raise PlanError(
+            f"{adapter.name}: factors of {list(up.shape)} and {list(down.shape)} do not fit {folded.name}, which is "
+            f"{list(folded.shape)}"
+        )
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Return the value of the first pattern that the module's name ends with, as PEFT matches them."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default

@@ -1,0 +1,87 @@
+"""The command ``weightsmith``: finds the verb, runs it, and turns errors to text in one place.
+
+A verb's module is imported when the verb is run, so that ``weightsmith --help`` costs what Python costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from weightsmith import __version__
+from weightsmith.errors import Interrupted, WeightsmithError, did_you_mean
+
+# Verb -> what it does, in one line.
+_VERBS = {
+    "merge": "Merge models by a recipe, or by a method and models.",
+    "plan": "Show what a merge would read, compute and write.",
+    "inspect": "Show what is in a model: tensors, layers, sizes.",
+    "diff": "Compare two models, tensor by tensor.",
+    "methods": "List the merge methods, or explain one.",
+    "schema": "Print the JSON schema of recipes, for editors.",
+    "quickstart": "Merge small trained models and see what they can do.",
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        module = importlib.import_module(f"weightsmith.cli.{cmd_name}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _VERBS:
+            ctx.fail(f"there is no command {args[0]!r}{did_you_mean(args[0], _VERBS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="weightsmith")
+@click.option("--debug", is_flag=True, help="Show where in the program an error arose.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Work on the weights of trained neural networks: weights in, weights out."""
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    chosen = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in chosen
+    try:
+        code: Any = cli.main(args=chosen, prog_name="weightsmith", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; a second error on exit would only be noise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except WeightsmithError as error:
+        if debug:
+            raise
+        print(f"error: {error}" if not isinstance(error, Interrupted) else str(error), file=sys.stderr)
+        sys.exit(130 if isinstance(error, Interrupted) else 1)

@@ -1,0 +1,113 @@
+"""``weightsmith merge``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from weightsmith.cli.plan import show_plan
+from weightsmith.cli.recipes import read_recipe, recipe_options, shard_option
+
+if TYPE_CHECKING:
+    from weightsmith.engine.executor import Summary
+    from weightsmith.engine.progress import ProgressListener
+
+
+@click.command("merge")
+@click.argument("paths", nargs=-1, metavar="[RECIPE] OUT")
+@recipe_options
+@shard_option
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop, as 'weightsmith plan' does.")
+@click.option("--print-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json-log", is_flag=True, help="Report progress as one JSON object per line on stderr.")
+def command(
+    paths: tuple[str, ...],
+    shard_size: int,
+    threads: int | None,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    print_recipe: bool,
+    quiet: bool,
+    json_log: bool,
+    **described: Any,
+) -> None:
+    """Merge models by RECIPE into the folder OUT.
+
+    \b
+    weightsmith merge recipe.yaml out/
+    weightsmith merge --method slerp --base A --model B -p t=0.4 out/
+
+    OUT appears when it is whole. Stopped or killed, the same command goes on from there. A name that ends in
+    .safetensors makes one file of weights alone.
+    """
+    needs_target = not (dry_run or print_recipe)
+    by_flags = described["method"] is not None
+    wanted = (0 if by_flags else 1) + (1 if needs_target else 0)
+    if len(paths) != wanted and not (not needs_target and len(paths) == wanted + 1):
+        form = "OUT" if by_flags else "RECIPE OUT"
+        raise click.UsageError(f"give {form}{' with --method' if by_flags else ''}; {len(paths)} path(s) given")
+    recipe = read_recipe(None if by_flags else paths[0], **described)
+    if print_recipe:
+        from weightsmith.recipe.dump import to_yaml
+
+        click.echo(to_yaml(recipe), nl=False)
+        return
+    from weightsmith.api import merge_recipe
+
+    merged = merge_recipe(recipe)
+    if dry_run:
+        show_plan(merged.plan(shard_size=shard_size), threads=threads, as_json=False, tensors=False)
+        return
+    for warning in merged.warnings if not quiet else ():
+        _say(json_log, event="warning", text=f"warning: {warning}")
+    summary = merged.save(
+        paths[-1],
+        shard_size=shard_size,
+        threads=threads,
+        overwrite=overwrite,
+        restart=restart,
+        progress=_listener(quiet=quiet, json_log=json_log),
+    )
+    if not quiet:
+        _report(summary, json_log)
+
+
+def _listener(*, quiet: bool, json_log: bool) -> ProgressListener:
+    from weightsmith.engine import progress
+
+    if json_log:
+        return progress.JsonLines()
+    if quiet:
+        return progress.Silent()
+    return progress.Live() if sys.stderr.isatty() else progress.Lines()
+
+
+def _report(summary: Summary, json_log: bool) -> None:
+    for entry in summary.nonfinite:
+        where = "in the result" if entry.where == "result" else f"in {entry.where}"
+        text = f"warning: {entry.tensor}: {entry.count} values {where} are NaN or infinite"
+        _say(json_log, event="nonfinite", tensor=entry.tensor, where=entry.where, count=entry.count, text=text)
+    resumed = f" ({summary.resumed} of them by an earlier run)" if summary.resumed else ""
+    _say(
+        json_log,
+        event="done",
+        target=str(summary.target),
+        tensors=summary.tensors,
+        resumed=summary.resumed,
+        bytes=summary.nbytes,
+        seconds=round(summary.seconds, 3),
+        text=f"{summary.target}: {summary.tensors} tensors{resumed}, {summary.nbytes / 1e9:.3f} GB, "
+        f"{summary.seconds:.1f} s",
+    )
+
+
+def _say(as_json: bool, text: str, **entry: Any) -> None:
+    click.echo(json.dumps({**entry, "text": text}) if as_json else text, err=True)

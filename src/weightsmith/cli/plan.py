@@ -1,0 +1,64 @@
+"""``weightsmith plan``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from weightsmith.cli.recipes import read_recipe, recipe_options, shard_option
+
+if TYPE_CHECKING:
+    from weightsmith.engine.plan import Plan
+
+
+@click.command("plan")
+@click.argument("recipe_path", metavar="[RECIPE]", required=False)
+@recipe_options
+@shard_option
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to plan the memory for.")
+@click.option("--tensors", is_flag=True, help="List every tensor, with its sources and parameters.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
+def command(
+    recipe_path: str | None, shard_size: int, threads: int | None, tensors: bool, as_json: bool, **described: Any
+) -> None:
+    """Show what a merge would do: tensors, methods, bytes, memory, shards. Nothing is written."""
+    recipe = read_recipe(recipe_path, **described)
+    from weightsmith.api import merge_recipe
+
+    plan = merge_recipe(recipe).plan(shard_size=shard_size)
+    show_plan(plan, threads=threads, as_json=as_json, tensors=tensors)
+
+
+def show_plan(plan: Plan, *, threads: int | None, as_json: bool, tensors: bool) -> None:
+    """Print a plan."""
+    from weightsmith.engine.threads import default_threads
+
+    content = plan.to_json(threads or default_threads())
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+        return
+    if tensors:
+        for entry in content["tensors"]:
+            _show_tensor(entry)
+        click.echo()
+    click.echo(f"output      {len(content['tensors']):,} tensors, {content['parameters']:,} parameters")
+    click.echo(f"methods     {', '.join(f'{name} on {count:,}' for name, count in content['methods'].items())}")
+    click.echo(f"read        {content['bytes_read'] / 1e9:.3f} GB, once per pass")
+    click.echo(f"write       {content['bytes_written'] / 1e9:.3f} GB")
+    click.echo(f"memory      about {content['peak_memory'] / 1e6:.0f} MB at most")
+    for shard in content["shards"]:
+        click.echo(f"shard       {shard['file']}: {shard['tensors']:,} tensors, {shard['nbytes'] / 1e9:.3f} GB")
+    for warning in content["warnings"]:
+        click.echo(f"warning     {warning}")
+
+
+def _show_tensor(entry: dict[str, Any]) -> None:
+    shape = "x".join(map(str, entry["shape"])) or "scalar"
+    click.echo(f"{entry['name']}  {shape} {entry['dtype']}  {entry['method'] or 'carried'}")
+    for source in entry["inputs"]:
+        click.echo(f"    from {source['model']}: {source['tensor']}")
+    given = {name: value for name, value in entry["parameters"].items() if value is not None}
+    if given:
+        click.echo("    " + ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items()))

@@ -1,0 +1,116 @@
+"""What merge and plan share: a recipe from a file, or from flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from weightsmith.errors import RecipeError
+
+if TYPE_CHECKING:
+    from weightsmith.recipe.schema import Recipe
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options by which a merge is described without a file, and those that change a file's recipe."""
+    options = [
+        click.option("--method", metavar="NAME", help="Merge by this method, without a recipe file."),
+        click.option("--base", metavar="MODEL", help="The base."),
+        click.option("--model", "models", metavar="MODEL", multiple=True, help="A model; may be repeated."),
+        click.option(
+            "-p",
+            "--param",
+            "parameters",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="A parameter of the method; for one value per model, a list: weight=[0.3,0.7].",
+        ),
+        click.option("--set", "variables", metavar="NAME=VALUE", multiple=True, help="A variable of the recipe."),
+        click.option("--dtype", help="The output's dtype."),
+        click.option("--out-dtype", help="The output's dtype, where the recipe's dtype is to stay."),
+        click.option("--seed", type=int, help="The seed of random methods."),
+        click.option("--compat", type=click.Choice(["mergekit"]), help="Restore that tool's numbers."),
+        click.option(
+            "--plugin",
+            "plugins",
+            metavar="FILE.py",
+            multiple=True,
+            help="Run a Python file that defines methods. Only files you trust.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def shard_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option of the shards' size."""
+    return click.option(
+        "--shard-size", default="5GB", show_default=True, callback=_size, help="Most bytes of tensors in a file."
+    )(function)
+
+
+def _size(context: click.Context, option: click.Parameter, value: str) -> int:
+    text = value.strip().upper().removesuffix("B")
+    unit = text[-1:] if text[-1:] in _UNITS else ""
+    try:
+        size = int(float(text.removesuffix(unit)) * _UNITS[unit])
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no size; write 5GB or 500MB") from None
+    if size <= 0:
+        raise click.BadParameter("a shard holds at least one byte")
+    return size
+
+
+def read_recipe(
+    path: str | None,
+    *,
+    method: str | None,
+    base: str | None,
+    models: Sequence[str],
+    parameters: Sequence[str],
+    variables: Sequence[str],
+    dtype: str | None,
+    out_dtype: str | None,
+    seed: int | None,
+    compat: str | None,
+    plugins: Sequence[str],
+) -> Recipe:
+    """Return the recipe of a file, or the one that flags describe."""
+    from weightsmith.methods.registry import load_plugin
+
+    for plugin in plugins:
+        load_plugin(plugin)
+    changes = {"dtype": dtype, "out_dtype": out_dtype, "seed": seed, "compat": compat}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if path is not None:
+        if method or base or models or parameters:
+            raise click.UsageError("give either a recipe file, or --method with --model, --base and -p")
+        from weightsmith.recipe.load import load_recipe, validate
+
+        recipe = load_recipe(path, dict(_pair(text, "--set") for text in variables))
+        return validate({**recipe.model_dump(exclude_unset=True), **changes}, path) if changes else recipe
+    if not method:
+        raise click.UsageError("give a recipe file, or --method with --model (and --base)")
+    if not models:
+        raise click.UsageError("--method needs at least one --model")
+    from weightsmith.api import build_recipe
+
+    given = dict(_pair(text, "-p") for text in parameters)
+    return build_recipe(method, list(models), base, given, **changes)
+
+
+def _pair(text: str, option: str) -> tuple[str, Any]:
+    import yaml
+
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise click.UsageError(f"{option} {text!r}: write NAME=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{option} {text!r}: the value is not YAML") from error
