@@ -15,31 +15,16 @@ import safetensors
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 WriteModel = Callable[..., Path]
 
-_CODES = {
-    "float64": "float64",
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float8_e4m3fn": "float8_e4m3fn",
-    "float8_e5m2": "float8_e5m2",
-    "int64": "int64",
-    "int32": "int32",
-    "uint8": "uint8",
-    "bool": "bool",
-}
-
-
 def write_safetensors(path: Path, tensors: Arrays) -> None:
     """Write a file with the safetensors library."""
-    raw = {
-        name: {
-            "dtype": _CODES[str(a.dtype)],
-            "shape": list(a.shape),
-            "data": np.ascontiguousarray(a).tobytes(),
-        }
-        for name, a in tensors.items()
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=str(array.dtype), shape=list(tensors[name].shape), data_ptr=array.ctypes.data, data_len=array.nbytes
+        )
+        for name, array in arrays.items()
     }
-    path.write_bytes(safetensors.serialize(raw, {"format": "pt"}))
+    path.write_bytes(safetensors.serialize(specs, {"format": "pt"}))
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
