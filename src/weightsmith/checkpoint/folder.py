@@ -211,11 +211,11 @@ def _companions(path: str, entries: list[str], *, adapter: bool = False, with_co
     files: dict[str, Path] = {}
     local = _local_copies(path)
     for entry in entries:
-        skip = entry in _NOT_COMPANIONS and not (with_config and entry == "config.json")
+        skip = (entry == name or entry in _NOT_COMPANIONS) and not (with_config and entry == "config.json")
         if entry == "additional_chat_templates":
             folder = join(path, entry)
             files |= {f"{entry}/{inner}": _local_copies(folder)(inner) for inner in list_folder(folder)}
-        elif not skip and entry != name and _COMPANION.match(entry) and not _WEIGHT_INDEX.search(entry):
+        elif not skip and _COMPANION.match(entry) and not _WEIGHT_INDEX.search(entry):
             file = local(entry)
             if file.is_file() and file.stat().st_size <= _LARGEST_COMPANION:
                 _check_inside(path, entry)

@@ -312,13 +312,13 @@ def _open_archive(source: Source) -> tuple[dict[str, tuple[int, int]], bytes]:
     entries = archive.infolist()
     if len(entries) > _MOST_MEMBERS:
         raise CheckpointError(f"{source.path} has {len(entries):,} members; at most {_MOST_MEMBERS:,} are read")
-    _check_members(entries, source)
     pickles = [e for e in entries if e.filename == "data.pkl" or e.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError(f"{source.path} has {len(pickles)} members named data.pkl; torch writes one")
     prefix = pickles[0].filename.removesuffix("data.pkl")
     if any(e.filename.startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for e in entries):
         raise CheckpointError(f"{source.path} is a TorchScript program, not a state dict; save its state_dict()")
+    _check_members(entries, source)
     if pickles[0].file_size > _LARGEST_PICKLE:
         raise CheckpointError(f"{source.path}: its pickle has {pickles[0].file_size:,} bytes, too many")
     places = {e.filename: (_data_start(e, source), e.file_size) for e in entries}

@@ -1,0 +1,44 @@
+"""The text by which a recipe names a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightsmith.checkpoint.reference import Reference, parse_reference
+from weightsmith.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("models/a", Reference("models/a")),
+        ("org/a@main", Reference("org/a", "main")),
+        ("org/a+org/lora", Reference("org/a", None, Reference("org/lora"))),
+        ("org/a@v1+org/lora@v2", Reference("org/a", "v1", Reference("org/lora", "v2"))),
+        ("s3://bucket/a@b", Reference("s3://bucket/a@b")),
+    ],
+)
+def test_a_reference_is_read_and_written(text, expected):
+    assert parse_reference(text) == expected
+    assert str(expected) == text
+
+
+def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
+    for name in ("a+b", "a@b", "a@b@c"):
+        (tmp_path / name).mkdir()
+        assert parse_reference(tmp_path / name) == Reference(str(tmp_path / name))
+    assert parse_reference(f"{tmp_path}/a+b+lora") == Reference(f"{tmp_path}/a+b", None, Reference("lora"))
+
+
+def test_the_short_name_does_not_depend_on_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "maths").mkdir()
+    assert parse_reference("models/maths").short_name == parse_reference("/else/where/maths/").short_name == "maths"
+    monkeypatch.chdir(tmp_path / "maths")
+    assert parse_reference(".").short_name == "maths"
+    assert parse_reference("org/a@v1+x/lora").short_name == "a@v1+lora"
+
+
+@pytest.mark.parametrize("text", ["", " ", "a+", "+a", "a@", "@a", "a@b@c", "a+b+c"])
+def test_what_cannot_be_meant_is_refused(text):
+    with pytest.raises(RecipeError):
+        parse_reference(text)
