@@ -15,6 +15,7 @@ import safetensors
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 WriteModel = Callable[..., Path]
 
+
 def write_safetensors(path: Path, tensors: Arrays) -> None:
     """Write a file with the safetensors library."""
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}

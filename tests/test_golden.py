@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from conftest import read_safetensors
 
 import weightsmith as ws
+from conftest import read_safetensors
 from weightsmith.errors import WeightsmithError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -52,8 +52,6 @@ class Schedule:
         rate: the highest learning rate of the one-cycle schedule.
         decay: weight decay of AdamW.
         replay: the share of each batch that stays upright.
-        nearest: each step takes the loss at ``start + s * (weights - start)`` with s drawn evenly from
-            ``nearest`` to 1; at 1 this is ordinary training.
         frozen: parameters whose names start so are left as they are.
     """
 
@@ -61,7 +59,6 @@ class Schedule:
     rate: float
     decay: float = 0.0
     replay: float = 0.0
-    nearest: float = 1.0
     frozen: str | None = None
 
 
@@ -105,7 +102,6 @@ def jitter(images: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArr
 def train(model: ViTForImageClassification, part: Part, task: str, schedule: Schedule, seed: int) -> float:
     """Train the model in place on one task and return the mean loss of the last epoch."""
     rng = np.random.default_rng(seed)
-    start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     for name, tensor in model.named_parameters():
         tensor.requires_grad_(schedule.frozen is None or not name.startswith(schedule.frozen))
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
@@ -124,12 +120,7 @@ def train(model: ViTForImageClassification, part: Part, task: str, schedule: Sch
         for rows in order[: batches * BATCH].reshape(batches, BATCH):
             images = jitter(part.images[rows], rng)
             images = np.concatenate([images[:kept], vit.TASKS[task](images[kept:])])
-            point = dict(model.named_parameters())
-            if schedule.nearest < 1:
-                share = float(rng.uniform(schedule.nearest, 1))
-                point = {name: torch.lerp(start[name], tensor, share) for name, tensor in point.items()}
-            inputs = {"pixel_values": torch.from_numpy(vit.pixels(images))}
-            logits = torch.func.functional_call(model, point, args=(), kwargs=inputs).logits
+            logits = model(pixel_values=torch.from_numpy(vit.pixels(images))).logits
             loss = functional.cross_entropy(logits, labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -192,7 +183,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=60, help="of each fine-tune")
-    parser.add_argument("--nearest", type=float, default=0.2, help="1 gives ordinary fine-tuning")
     parser.add_argument("--no-test", action="store_true", help="leave the test part alone")
     options = parser.parse_args()
 
@@ -210,9 +200,7 @@ def main() -> None:
         safetensors.numpy.save_file(arrays, options.out / f"digits-{name}.safetensors")
 
     base = Schedule(epochs=100, rate=3e-3, decay=0.05)
-    fine = Schedule(
-        epochs=options.epochs, rate=1e-3, replay=0.25, nearest=options.nearest, frozen="classifier"
-    )
+    fine = Schedule(epochs=options.epochs, rate=1e-3, replay=0.25, frozen="classifier")
     print(f"base: {base}\nfine-tunes: {fine}\n")
     model = new_model(options.seed)
     began = time.perf_counter()

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_safetensors
 
 import weightsmith as ws
+from conftest import write_safetensors
 from weightsmith.errors import CheckpointError, PlanError
 
 RANK, ALPHA = 3, 12

@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 import pytest
-from conftest import llama_tensors, read_safetensors, write_safetensors
 
 import weightsmith as ws
+from conftest import llama_tensors, read_safetensors, write_safetensors
 from weightsmith.errors import CheckpointError, UnsafeFileError
 
 ONE = {"a": np.ones(2, np.float32)}

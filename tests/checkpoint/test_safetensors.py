@@ -8,11 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import write_safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
 import weightsmith as ws
+from conftest import write_safetensors
 from weightsmith.errors import CheckpointError, WeightsmithError
 
 DTYPES = [

@@ -109,14 +109,17 @@ class Calls:
         return self.call
 
 
-MARK = "/tmp/weightsmith-was-attacked"  # noqa: S108
+MARK = "/tmp/weightsmith-was-attacked"
 ATTACKS = {
     "os.system": (pickle.dumps(Calls(os.system, f"touch {MARK}")), r"asks for (posix|nt)\.system"),
     "eval": (pickle.dumps(Calls(eval, "1")), r"asks for builtins\.eval"),
     "exec, protocol 0": (pickle.dumps(Calls(exec, "1"), 0), r"asks for (__builtin__|builtins)\.exec"),
     "getattr": (b"cbuiltins\ngetattr\n.", "builtins.getattr"),
     "hidden in a list": (pickle.dumps({"a": [1, (Calls(os.system, "true"),)]}), r"asks for posix\.system"),
-    "a dotted name": (b"\x80\x04\x8c\x0bcollections\x8c\x1eOrderedDict.__init__.__class__\x93.", "OrderedDict.__init__"),
+    "a dotted name": (
+        b"\x80\x04\x8c\x0bcollections\x8c\x1eOrderedDict.__init__.__class__\x93.",
+        "OrderedDict.__init__",
+    ),
     "torch's own loader": (b"ctorch\nload\n.", r"torch\.load"),
     "numpy": (b"cnumpy.core.multiarray\n_reconstruct\n.", "numpy.core.multiarray"),
 }
@@ -131,7 +134,9 @@ def test_a_pickle_that_asks_for_more_is_refused_by_name_and_not_run(name, tmp_pa
     assert not Path(MARK).exists()
 
 
-def storage(key: str = "0", elements: int = 16, size: str = "(I4\nI4\nt", strides: str = "(I4\nI1\nt", offset: int = 0) -> bytes:
+def storage(
+    key: str = "0", elements: int = 16, size: str = "(I4\nI4\nt", strides: str = "(I4\nI1\nt", offset: int = 0
+) -> bytes:
     """Write the pickle of ``{"a": tensor}`` in torch's form, text opcodes throughout."""
     saved = f"(S'storage'\nctorch\nFloatStorage\nS'{key}'\nS'cpu'\nI{elements}\ntQ"
     empty = "ccollections\nOrderedDict\n(tR"

@@ -150,7 +150,9 @@ def test_if_all_documents_have_names_the_last_is_the_result():
 
 
 def test_included_files_lie_beneath_the_recipe(tmp_path):
-    (tmp_path / "base.yaml").write_text("dtype: float16\nparameters: {weight: 1, normalize: false}\nvariables: {m: a}\n")
+    (tmp_path / "base.yaml").write_text(
+        "dtype: float16\nparameters: {weight: 1, normalize: false}\nvariables: {m: a}\n"
+    )
     (tmp_path / "r.yaml").write_text(
         "include: base.yaml\nmerge_method: linear\nmodels: [{model: '${m}'}]\nparameters: {weight: 2}\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from weightsmith.errors import CheckpointError
 
@@ -40,31 +41,35 @@ def resolve(model: str, revision: str | None) -> str:
     if "/" not in model and revision is None and not _cached(model):
         raise CheckpointError(f"{here}, and no model of this name in the hub's cache")
     try:
-        try:
-            return _whole(huggingface_hub.snapshot_download(model, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            names = huggingface_hub.list_repo_files(model, revision=revision)
-            weights = _SAFETENSORS if any(name.endswith(".safetensors") for name in names) else _PICKLES
-            return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*_TEXTS, *weights])
+        cached = _in_cache(model, revision)
+        if cached is not None:
+            return cached
+        names = huggingface_hub.list_repo_files(model, revision=revision)
+        weights = _SAFETENSORS if any(name.endswith(".safetensors") for name in names) else _PICKLES
+        return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*_TEXTS, *weights])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{here}, and the hub does not give it: {reason}") from error
 
 
-def _whole(folder: str) -> str:
-    """Return the cached folder, if weights are in it: a cache may hold the config alone."""
-    from pathlib import Path
-
+def _in_cache(model: str, revision: str | None) -> str | None:
+    """Return the cached folder of a model, if its weights are in it: a cache may hold the config alone."""
+    import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if any(Path(folder).rglob("*.safetensors")) or any(Path(folder).rglob("*.bin")):
-        return folder
-    raise LocalEntryNotFoundError("the cache holds no weights of it")
+    for weights in (_SAFETENSORS, _PICKLES):
+        try:
+            folder = huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=[*_TEXTS, *weights], local_files_only=True
+            )
+        except LocalEntryNotFoundError:
+            continue
+        if any(path for pattern in weights for path in Path(folder).glob(pattern)):
+            return str(folder)
+    return None
 
 
 def _cached(model: str) -> bool:
-    from pathlib import Path
-
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return (Path(HF_HUB_CACHE) / f"models--{model}").is_dir()

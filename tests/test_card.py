@@ -1,0 +1,31 @@
+"""The model card: front matter that hubs read, safe with hostile names."""
+
+from __future__ import annotations
+
+import yaml
+
+from weightsmith.card import model_card
+
+
+def card(recipe="merge_method: x\n", models=("org/one", "./local", "org/two"), **more):
+    settings = {"method": "ties", "source": "a paper", "base": "org/one", "config": {"architectures": ["L"]}, **more}
+    return model_card(recipe, models=models, **settings)
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_front_matter_names_hub_models_alone():
+    found = front(card())
+    assert found["base_model"] == ["org/one", "org/two"]
+    assert found["library_name"] == "transformers"
+    assert found["tags"] == ["weightsmith", "merge"]
+    assert "base_model" not in front(card(models=["/somewhere/a"]))
+
+
+def test_hostile_names_and_recipes_stay_text():
+    name = "org/x\n---\nlicense: evil\n`rm`"
+    text = card(recipe=f"a: |\n  ```\n  {name!r}\n", models=[name])
+    assert set(front(text)) == {"tags", "library_name"}
+    assert "````yaml" in text
