@@ -68,7 +68,7 @@ def test_progress_as_json_lines(run, folders, tmp_path):
     code, out, err = run("merge", *flags(folders), "--json-log", tmp_path / "out")
     assert (code, out) == (0, "")
     events = [json.loads(line) for line in err.splitlines()]
-    assert [e["event"] for e in events][0] == "start"
+    assert events[0]["event"] == "start"
     assert events[-1]["event"] == "done"
     assert sum(e["event"] == "tensor" for e in events) == len(llama_tensors(0))
 
@@ -113,7 +113,7 @@ def test_inspect_shows_layers_once_and_as_json_everything(run, folders):
 
 
 def test_diff_tells_what_differs(run, folders):
-    code, out, _ = run("diff", folders[0], folders[1], "--json")
+    _, out, _ = run("diff", folders[0], folders[1], "--json")
     found = json.loads(out)
     a, b = llama_tensors(0), llama_tensors(1)
     name = "lm_head.weight"

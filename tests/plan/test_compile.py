@@ -270,7 +270,7 @@ def test_a_module_with_a_prefix_of_its_own_takes_a_text_model(write_model):
 
 
 def test_random_masks_follow_the_models_names_and_not_their_order_or_folder(write_model, tmp_path):
-    a, b, c = models(write_model, {}, {}, {})
+    a, _, c = models(write_model, {}, {}, {})
     (tmp_path / "moved").mkdir()
     moved = (tmp_path / "b").rename(tmp_path / "moved" / "b")
     one = ws.merge("dare_linear", [moved, c], a, weight=1.0, density=0.5, seed=3)

@@ -64,7 +64,8 @@ class FoldedTensor(Tensor):
         first, last = start // width, -(-stop // width)
         left, right = self._factors
         change = (left[first:last] @ right).reshape(-1)[start - first * width : stop - first * width]
-        return widen(self.base.read(start, stop), working) + change
+        found: Array = widen(self.base.read(start, stop), working) + change
+        return found
 
     @cached_property
     def _factors(self) -> tuple[Array, Array]:
@@ -92,7 +93,7 @@ class _Settings:
         stated = _by_pattern(self.ranks, module, self.rank)
         if stated != rank:
             raise CheckpointError(f"the adapter's config gives {module} rank {stated}, and its factors have {rank}")
-        alpha = _by_pattern(self.alphas, module, self.alpha)
+        alpha = float(_by_pattern(self.alphas, module, self.alpha))
         return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
 
 

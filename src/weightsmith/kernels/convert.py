@@ -69,7 +69,7 @@ def narrow(values: Array, dtype: DType) -> Array:
 
 def largest_finite(dtype: DType) -> float:
     """Return the largest finite value of a floating dtype."""
-    return float(ml_dtypes.finfo(dtype).max)
+    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 @cache

@@ -29,16 +29,14 @@ def histograms(arrays: Sequence[Any], prefixes: Sequence[int], level: int) -> Co
         The width of the patterns in bits (32 or 64), and one histogram of 65,536 counts per array.
     """
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
-    unsigned = np.uint32 if flat[0].dtype.itemsize == 4 else np.uint64
     width = flat[0].dtype.itemsize * 8
     shift = width - 16 * (level + 1)
     counted = []
     for values, prefix in zip(flat, prefixes, strict=True):
-        patterns = values.view(unsigned)
-        leading = patterns >> unsigned(shift)
+        leading = _leading(values, shift)
         if level:
-            leading = leading[(leading >> unsigned(16)) == unsigned(prefix)]
-        digits = (leading & unsigned(_BINS - 1)).astype(np.int64)
+            leading = leading[(leading >> 16) == prefix]
+        digits = (leading & (_BINS - 1)).astype(np.int64)
         counted.append(np.bincount(digits, minlength=_BINS))
     return width, counted
 
@@ -87,6 +85,11 @@ def rank_table(histogram: Histogram) -> npt.NDArray[np.float64]:
 def look_up(array: Any, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the table's entry for the leading 16 bits of every element, in the array's shape."""
     values = np.ascontiguousarray(array)
-    width = values.dtype.itemsize * 8
-    leading = values.view(np.uint32 if width == 32 else np.uint64) >> (width - 16)
-    return np.asarray(table[leading])
+    return np.asarray(table[_leading(values, values.dtype.itemsize * 8 - 16)])
+
+
+def _leading(values: npt.NDArray[Any], shift: int) -> npt.NDArray[Any]:
+    """Return the bit patterns of floats, shifted right."""
+    if values.dtype.itemsize == 4:
+        return values.view(np.uint32) >> np.uint32(shift)
+    return values.view(np.uint64) >> np.uint64(shift)

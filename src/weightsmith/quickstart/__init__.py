@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +23,10 @@ FINE_TUNES = ("shifted", "covered", "thick")
 # the digits (examples/zoo/README.md), never on the test part that the table is made from.
 MERGES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "average": ("linear", FINE_TUNES, {"weight": 1.0}),
-    "slerp": ("slerp", ("shifted", "covered"), {"t": 0.5}),
-    "task arithmetic": ("task_arithmetic", FINE_TUNES, {"weight": 0.5}),
+    "slerp": ("slerp", ("covered", "thick"), {"t": 0.5}),
+    "task arithmetic": ("task_arithmetic", FINE_TUNES, {"weight": 0.6}),
     "ties": ("ties", FINE_TUNES, {"weight": 1.0, "density": 0.5}),
-    "dare": ("dare_linear", FINE_TUNES, {"weight": 0.5, "density": 0.5}),
+    "dare": ("dare_linear", FINE_TUNES, {"weight": 0.6, "density": 0.9}),
 }
 
 
@@ -103,13 +104,20 @@ def run(*, keep: str | None = None, as_json: bool = False) -> None:
     _table("input", inputs)
     print()
     _table("merge", merged)
-    method, models, parameters = MERGES["ties"]
-    flags = " ".join(f"--model {folder / model}" for model in models)
-    given = " ".join(f"-p {name}={value}" for name, value in parameters.items())
-    print(f"\nThe same from the command line, TIES for one:\n\n  weightsmith merge --method {method} \\")
-    print(f"    --base {folder / 'base'} {flags} {given} out/")
+    print("\nThe same from the command line, TIES for one:\n")
+    print(_command(folder))
     if keep:
         print(f"\nThe merged models are in {target}.")
+
+
+def _command(folder: Path) -> str:
+    """Return the command line of the table's TIES merge."""
+    method, models, parameters = MERGES["ties"]
+    near = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    lines = [f"  weightsmith merge --method {method} --base {near / 'base'}"]
+    lines.append("    " + " ".join(f"--model {near / model}" for model in models))
+    lines.append("    " + " ".join(f"-p {name}={value}" for name, value in parameters.items()) + " out/")
+    return " \\\n".join(lines)
 
 
 def _table(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:

@@ -150,7 +150,7 @@ def _gelu(inputs: Floats) -> Floats:
     NumPy has no error function; formula 7.1.26 of Abramowitz and Stegun is within 1.5e-7 of it.
     """
     scaled = np.abs(inputs) * np.float32(0.5**0.5)
-    t = 1 / (1 + np.float32(0.3275911) * scaled)
+    t: Floats = np.reciprocal(1 + np.float32(0.3275911) * scaled)
     coefficients = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
     series: Floats = np.zeros_like(t)
     for coefficient in coefficients:
