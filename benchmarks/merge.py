@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import ml_dtypes
@@ -103,17 +102,29 @@ def floor(inputs: list[Path], target: Path) -> None:
         os.fsync(out.fileno())
 
 
+# Starts a command and reports its wall time and peak memory. The kernel counts what a process held before it became
+# the command, so the command is started from a process that holds next to nothing, not from this one.
+LAUNCHER = """
+import os, sys, time
+started = time.monotonic()
+child = os.fork()
+if child == 0:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.execv(sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(child, 0)
+print(time.monotonic() - started, usage.ru_maxrss / 1024)
+sys.exit(status != 0)
+"""
+
+
 def measure(command: list[str]) -> tuple[float, float]:
     """Run a command; return its wall time in seconds and its peak resident memory in MB."""
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - started
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()}")
-    return seconds, usage.ru_maxrss / 1024
+    launched = [sys.executable, "-S", "-c", LAUNCHER, *command]
+    done = subprocess.run(launched, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), float(peak)
 
 
 def main() -> None:

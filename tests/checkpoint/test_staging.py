@@ -24,11 +24,14 @@ def test_nothing_is_visible_before_it_is_published(tmp_path):
 
 def test_what_was_begun_is_kept_for_the_next_run_unless_it_is_discarded(tmp_path):
     with Staging(tmp_path / "out") as staging:
+        staging.journal.write_text("begun")
         (staging.content / "a").write_text("x")
     with Staging(tmp_path / "out") as staging:
         assert (staging.content / "a").read_text() == "x"
     with Staging(tmp_path / "out", restart=True) as staging:
         assert list(staging.content.iterdir()) == []
+    # A run that ends before it begins leaves nothing behind.
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_target_is_refused_or_replaced_whole(tmp_path):

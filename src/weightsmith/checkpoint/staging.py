@@ -97,6 +97,9 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.journal.exists():
+            # Nothing was begun, or all of it was published: leave no trace.
+            shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
 

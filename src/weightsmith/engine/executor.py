@@ -270,7 +270,7 @@ def _is_small(task: Task) -> bool:
 
 
 def _all_within(values: Array, limit: float) -> bool:
-    return values.size == 0 or bool(np.max(np.abs(values)) <= limit)
+    return values.size == 0 or float(np.max(np.abs(values))) <= limit
 
 
 def _open_shard(folder: Path, shard: Shard) -> int:
@@ -290,6 +290,8 @@ def _open_shard(folder: Path, shard: Shard) -> int:
 
 
 def _reserve(handle: int, nbytes: int) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
         os.posix_fallocate(handle, 0, nbytes)
     except OSError as error:

@@ -157,9 +157,10 @@ def _check_models(recipe: Merge, method: Method, naming: Naming) -> None:
                 f"{model.reference} is quantised ({kind}): its tensors are codes, not weights, and cannot be "
                 "merged entry by entry; merge the model it was made from"
             )
-        if model.checkpoint.is_adapter and not all(one.checkpoint.is_adapter for one in naming.models):
+        if model.checkpoint.is_adapter and method.name != "passthrough":
             raise PlanError(
-                f"{model.reference} is an adapter, not a model; name it on its base: BASE+{model.reference}"
+                f"{model.reference} is an adapter: merging its factors entry by entry would not merge the changes "
+                f"they stand for; name it on its base: BASE+{model.reference}"
             )
 
 
@@ -178,7 +179,8 @@ def _config(
     for restack in naming.restacks:
         config, notes = configs.with_layers(config, restack.stack, restack.picked, architecture)
         warnings += notes
-    if maker.untied & set(tensors) and configs.tied_embeddings(config):
+    own_head = any(not configs.tied_embeddings(model.checkpoint.config) for model in naming.models)
+    if own_head and maker.untied & set(tensors) and configs.tied_embeddings(config):
         config = configs.untie(config)
         warnings.append("the head is no longer tied to the embeddings, because one of the models unties it")
     floats = {dtype for dtype in written.values() if dtypes.is_float(dtype)}

@@ -1,0 +1,65 @@
+"""Progress, as a terminal, a log and a program see it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+
+from conftest import llama_tensors
+from weightsmith.engine.progress import JsonLines, Lines
+
+
+def feed(listener):
+    listener.start(1000, 2, 100)
+    for name, count in (("a", 400), ("b", 500)):
+        listener.advance(count)
+        listener.tensor_done(name)
+    listener.finish()
+
+
+def test_lines_tell_bytes_tensors_rate_and_time_left():
+    stream = io.StringIO()
+    feed(Lines(stream, every=0.0))
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("0.00 of 0.00 GB, 0 tensors, ")
+    assert second.endswith("0 s left")
+
+
+def test_json_lines_can_be_read_by_a_program():
+    stream = io.StringIO()
+    feed(JsonLines(stream))
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [e["event"] for e in events] == ["start", "tensor", "tensor", "finish"]
+    assert events[-1]["done_bytes"] == 1000
+
+
+def test_a_terminal_gets_a_bar_and_a_summary(write_model, tmp_path):
+    folders = [str(write_model(name, llama_tensors(i))) for i, name in enumerate("ab")]
+    flags = ["--method", "linear", "--model", folders[0], "--model", folders[1], "-p", "weight=1"]
+    main, side = pty.openpty()
+    script = "import sys; from weightsmith.cli.main import main; main(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "merge", *flags, str(tmp_path / "out")], stdout=side, stderr=side, close_fds=True
+    )
+    assert process.wait(60) == 0
+    os.close(side)
+    shown = os.read(main, 1 << 16).decode()
+    os.close(main)
+    assert "GB/s" in shown
+    assert "tensors, 0.000 GB" in shown
+
+
+def test_without_a_terminal_there_are_plain_lines_and_with_quiet_none(write_model, tmp_path):
+    folders = [str(write_model(name, llama_tensors(i))) for i, name in enumerate("ab")]
+    flags = ["--method", "linear", "--model", folders[0], "--model", folders[1], "-p", "weight=1"]
+    script = "import sys; from weightsmith.cli.main import main; main(sys.argv[1:])"
+    for more, lines in (([], 1), (["--quiet"], 0)):
+        call = [sys.executable, "-c", script, "merge", *flags, *more, str(tmp_path / f"out{lines}")]
+        done = subprocess.run(call, capture_output=True, text=True, check=True)
+        assert done.stdout == ""
+        assert len(done.stderr.splitlines()) == lines
+        assert "\x1b" not in done.stderr
