@@ -6,10 +6,14 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 
-from conftest import llama_tensors
+import numpy as np
+
+from conftest import llama_tensors, write_safetensors
+from weightsmith.cli.units import size
 from weightsmith.engine.progress import JsonLines, Lines
 
 
@@ -50,7 +54,7 @@ def test_a_terminal_gets_a_bar_and_a_summary(write_model, tmp_path):
     shown = os.read(main, 1 << 16).decode()
     os.close(main)
     assert "GB/s" in shown
-    assert "tensors, 0.000 GB" in shown
+    assert "tensors, " in shown
 
 
 def test_without_a_terminal_there_are_plain_lines_and_with_quiet_none(write_model, tmp_path):
@@ -63,3 +67,41 @@ def test_without_a_terminal_there_are_plain_lines_and_with_quiet_none(write_mode
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == lines
         assert "\x1b" not in done.stderr
+
+
+def test_sizes_have_three_digits_and_a_unit():
+    assert [size(n) for n in (0, 999, 1000, 412_124, 999_999, 13_477_000_000, 2 * 10**12)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "412 kB",
+        "1 MB",
+        "13.5 GB",
+        "2 TB",
+    ]
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
+    """A real SIGINT to the real command, in the middle of its work."""
+    rng = np.random.default_rng(0)
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+        tensors = {f"layers.{i}.w": rng.standard_normal((1000, 1000)).astype(np.float32) for i in range(30)}
+        write_safetensors(tmp_path / name / "model.safetensors", tensors)
+    script = "import sys; from weightsmith.cli.main import main; main(sys.argv[1:])"
+    flags = ["--method", "ties", "--base", str(tmp_path / "base"), "--model", str(tmp_path / "a")]
+    call = [sys.executable, "-c", script, "merge", *flags, "-p", "weight=1", "-p", "density=0.3", "--json-log"]
+    call += [str(tmp_path / "out")]
+    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if '"tensor"' in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "the same command goes on from there" in rest
+    assert "Traceback" not in rest
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(call, stderr=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stderr.splitlines()[-1])["resumed"] >= 1

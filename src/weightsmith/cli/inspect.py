@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightsmith.cli.units import size
+
 if TYPE_CHECKING:
     from weightsmith.inspection import Inspection
 
@@ -30,11 +32,11 @@ def command(model: str, tensors: bool, as_json: bool) -> None:
 def _show(found: Inspection, *, tensors: bool) -> None:
     kind = "adapter" if found.is_adapter else "model"
     click.echo(f"{kind:12}{', '.join(found.architectures) or found.model_type or 'of unknown architecture'}")
-    click.echo(f"tensors     {found.tensors:,}, {found.parameters:,} parameters, {found.nbytes / 1e9:.3f} GB")
+    click.echo(f"tensors     {found.tensors:,}, {found.parameters:,} parameters, {size(found.nbytes)}")
     for dtype, (count, nbytes) in found.dtypes.items():
-        click.echo(f"dtype       {dtype}: {count:,} tensors, {nbytes / 1e9:.3f} GB")
+        click.echo(f"dtype       {dtype}: {count:,} tensors, {size(nbytes)}")
     for file, nbytes in found.files.items():
-        click.echo(f"file        {file}: {nbytes / 1e9:.3f} GB")
+        click.echo(f"file        {file}: {size(nbytes)}")
     if found.companions:
         click.echo(f"beside      {', '.join(found.companions)}")
     if found.tied:

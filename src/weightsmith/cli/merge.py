@@ -10,6 +10,7 @@ import click
 
 from weightsmith.cli.plan import show_plan
 from weightsmith.cli.recipes import read_recipe, recipe_options, shard_option
+from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
     from weightsmith.engine.executor import Summary
@@ -104,8 +105,7 @@ def _report(summary: Summary, json_log: bool) -> None:
         resumed=summary.resumed,
         bytes=summary.nbytes,
         seconds=round(summary.seconds, 3),
-        text=f"{summary.target}: {summary.tensors} tensors{resumed}, {summary.nbytes / 1e9:.3f} GB, "
-        f"{summary.seconds:.1f} s",
+        text=f"{summary.target}: {summary.tensors} tensors{resumed}, {size(summary.nbytes)}, {summary.seconds:.1f} s",
     )
 
 

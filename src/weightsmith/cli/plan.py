@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsmith.cli.recipes import read_recipe, recipe_options, shard_option
+from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
     from weightsmith.engine.plan import Plan
@@ -45,11 +46,11 @@ def show_plan(plan: Plan, *, threads: int | None, as_json: bool, tensors: bool) 
         click.echo()
     click.echo(f"output      {len(content['tensors']):,} tensors, {content['parameters']:,} parameters")
     click.echo(f"methods     {', '.join(f'{name} on {count:,}' for name, count in content['methods'].items())}")
-    click.echo(f"read        {content['bytes_read'] / 1e9:.3f} GB, once per pass")
-    click.echo(f"write       {content['bytes_written'] / 1e9:.3f} GB")
-    click.echo(f"memory      about {content['peak_memory'] / 1e6:.0f} MB at most")
+    click.echo(f"read        {size(content['bytes_read'])}, once per pass")
+    click.echo(f"write       {size(content['bytes_written'])}")
+    click.echo(f"memory      about {size(content['peak_memory'])} at most")
     for shard in content["shards"]:
-        click.echo(f"shard       {shard['file']}: {shard['tensors']:,} tensors, {shard['nbytes'] / 1e9:.3f} GB")
+        click.echo(f"shard       {shard['file']}: {shard['tensors']:,} tensors, {size(shard['nbytes'])}")
     for warning in content["warnings"]:
         click.echo(f"warning     {warning}")
 

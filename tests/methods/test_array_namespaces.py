@@ -1,0 +1,57 @@
+"""Methods are written once, against the array API standard: torch tensors give what NumPy arrays give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from weightsmith import conformance
+from weightsmith.engine.expression import columns
+from weightsmith.kernels import philox
+from weightsmith.methods.block import Block, Scope
+from weightsmith.methods.registry import Method, all_methods
+from weightsmith.methods.settings import complete
+
+torch = pytest.importorskip("torch")
+SHAPE = (24, 36)
+
+
+def run(method: Method, models: list[Any], base: Any, wrap: Any) -> Any:
+    """Drive a method on one block that holds the whole tensor."""
+    given = conformance.parameters_for(method, len(models))
+    parameters = complete(method, given, len(models), has_base=base is not None)
+    reads = method.reads(parameters)
+    vector = columns(SHAPE, reads)
+    shape = SHAPE if reads == "tensor" else (-1,) if reads == "elements" else (-1, vector)
+
+    def draw(model: int) -> Any:
+        return wrap(philox.uniform((1, model), 0, models[0].size).reshape(SHAPE)).reshape(shape)
+
+    block = Block(
+        base=None if base is None else wrap(base).reshape(shape),
+        models=tuple(wrap(model).reshape(shape) for model in models),
+        start=0,
+        draw=draw,
+    )
+    statistic = None
+    if method.statistic is not None:
+        generator = method.start_statistic(Scope(models[0].size, len(models)), parameters)
+        try:
+            sweep = next(generator)
+            while True:
+                sweep = generator.send([sweep.function(block)])
+        except StopIteration as end:
+            statistic = end.value
+    return method.call(block, statistic, parameters)
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_torch_tensors_give_what_numpy_arrays_give(name):
+    method = all_methods()[name]
+    models, base = conformance.inputs_for(method, SHAPE)
+    expected = np.asarray(run(method, models, base, np.asarray))
+    found = run(method, models, base, torch.from_numpy)
+    assert isinstance(found, torch.Tensor)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
