@@ -86,6 +86,56 @@ def test_s3_is_read_by_ranges(tmp_path, monkeypatch):
         running.stop()
 
 
+@pytest.fixture
+def web(write_model):
+    """A web server that answers ranges, and keeps count of the bytes that it sends."""
+    folder = write_model("m", llama_tensors(0) | {"big": np.arange(200_000, dtype=np.float32)})
+    content = (folder / "model.safetensors").read_bytes()
+    sent = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            if self.path != "/models/m.safetensors":
+                self.send_error(404)
+                return
+            asked = self.headers.get("Range")
+            start, stop = 0, len(content)
+            if asked:
+                first, last = asked.removeprefix("bytes=").split("-")
+                start, stop = int(first), int(last) + 1
+            self.send_response(206 if asked else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(stop - start))
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+            self.end_headers()
+            if self.command == "GET":
+                sent.append(stop - start)
+                self.wfile.write(content[start:stop])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/models", sent
+    server.shutdown()
+
+
+def test_a_file_on_the_web_is_read_by_ranges(web, tmp_path):
+    pytest.importorskip("aiohttp")
+    address, sent = web
+    opened = ws.open(f"{address}/m.safetensors")
+    assert sum(sent) < 3000
+    assert np.array_equal(opened["lm_head.weight"].numpy(), llama_tensors(0)["lm_head.weight"])
+    assert sum(sent) < 5000
+    assert np.array_equal(opened["big"].read(100, 200), np.arange(100, 200, dtype=np.float32))
+    with pytest.raises(CheckpointError, match="nothing at"):
+        ws.open(f"{address}/none.safetensors")
+
+
 pytest.importorskip("huggingface_hub")
 OPEN = "import sys, weightsmith as ws\nfound = ws.open(sys.argv[1])\nprint(len(found), found.config['model_type'])"
 

@@ -15,11 +15,10 @@ from typing import Any
 from weightsmith.checkpoint import torch_pickle
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, Identity
 from weightsmith.checkpoint.safetensors import natural_order, read_header
-from weightsmith.checkpoint.storage import is_url, join, list_folder, open_source
+from weightsmith.checkpoint.storage import PICKLES, WEIGHT_FILES, is_url, join, list_folder, open_source
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, UnsafeFileError
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Files of a training run that hold no model.
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|random_states.*)\.[a-z]+$"
@@ -117,7 +116,7 @@ def _read_folder(path: str, entries: list[str]) -> Found:
 def _is_weights(entry: str) -> bool:
     if _NOT_WEIGHTS.match(entry):
         return False
-    return entry.endswith((".safetensors", *_PICKLES))
+    return entry.endswith(WEIGHT_FILES)
 
 
 def _one_variant(files: list[str]) -> list[str]:
@@ -183,7 +182,7 @@ def _check_inside(path: str, file: str) -> None:
 
 def _read_file(path: str) -> tuple[Mapping[str, Tensor], Identity]:
     source = open_source(path)
-    if path.endswith(_PICKLES) or bytes(source.read(0, min(source.size, 4))) == b"PK\x03\x04":
+    if path.endswith(PICKLES) or bytes(source.read(0, min(source.size, 4))) == b"PK\x03\x04":
         return torch_pickle.read_state_dict(source)
     return read_header(source)
 

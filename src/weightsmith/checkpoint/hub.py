@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from weightsmith.checkpoint.storage import WEIGHT_FILES
 from weightsmith.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
@@ -15,7 +16,7 @@ _PICKLES = ["*.bin", "*.pt", "*.pth"]
 
 def is_hub_id(path: str) -> bool:
     """Whether this could be ``name`` or ``organisation/name`` on a hub."""
-    return _ID.match(path) is not None and not path.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
+    return _ID.match(path) is not None and not path.endswith(WEIGHT_FILES)
 
 
 def resolve(model: str, revision: str | None) -> str:

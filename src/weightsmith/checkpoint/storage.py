@@ -10,6 +10,10 @@ from typing import Any
 
 from weightsmith.errors import CheckpointError
 
+# Endings of files that hold weights.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHT_FILES = (".safetensors", *PICKLES)
+
 
 class Source(ABC):
     """A file that is read by ranges, from many threads at once.
@@ -144,6 +148,9 @@ def list_folder(path: str) -> list[str]:
     """Return the names of the files and folders directly in a folder, or [] if it is not a folder; sorted."""
     if not is_url(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    if path.endswith(WEIGHT_FILES):
+        # Asked to list a file, an HTTP server would send all of it.
+        return []
     system, key = filesystem(path)
     try:
         found = system.ls(key, detail=False)

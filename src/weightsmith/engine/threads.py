@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
+from weightsmith.engine.memory import keep_freed_memory
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -25,6 +27,7 @@ class ThreadMapper:
     """
 
     def __init__(self, threads: int) -> None:
+        keep_freed_memory()
         self.threads = max(threads, 1)
         self._pool = ThreadPoolExecutor(self.threads, "weightsmith") if self.threads > 1 else None
 

@@ -30,13 +30,12 @@ def histograms(arrays: Sequence[Any], prefixes: Sequence[int], level: int) -> Co
     """
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
     width = flat[0].dtype.itemsize * 8
-    shift = width - 16 * (level + 1)
     counted = []
     for values, prefix in zip(flat, prefixes, strict=True):
-        leading = _leading(values, shift)
+        # On a little-endian machine the leading 16 bits of a float are the last of its halves.
+        digits = values.view(np.uint16).reshape(values.size, width // 16)[:, -1 - level]
         if level:
-            leading = leading[(leading >> 16) == prefix]
-        digits = (leading & (_BINS - 1)).astype(np.int64)
+            digits = digits[_leading(values, width - 16 * level) == prefix]
         counted.append(np.bincount(digits, minlength=_BINS))
     return width, counted
 

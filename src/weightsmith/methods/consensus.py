@@ -34,7 +34,7 @@ def _energy(block: Block, delta: Array) -> Any:
 def _selected(block: Block, cut: Cut | None) -> list[Array]:
     if cut is None:
         return list(block.deltas)
-    kept = cut.keeps(_variance(block), block.positions)
+    kept = cut.keeps(_variance(block), block)
     return [delta * kept for delta in block.deltas]
 
 

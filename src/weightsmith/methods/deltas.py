@@ -54,7 +54,7 @@ def elect(xp: Any, deltas: Sequence[Array]) -> list[Array]:
     """Return, for each vector, where its entries have the sign of the vectors' sum; zeros never do."""
     total = sum(deltas[1:], deltas[0])
     positive = total >= 0
-    return [xp.where(positive, delta > 0, delta < 0) for delta in deltas]
+    return [(positive & (delta > 0)) | (~positive & (delta < 0)) for delta in deltas]
 
 
 @method(
@@ -89,11 +89,12 @@ class Trim:
 
     def apply(self, block: Block) -> list[Array]:
         """Return the trimmed task vectors."""
-        positions = block.positions
         found = []
         for delta, outer, inner, scale in zip(block.deltas, self.outer, self.inner, self.scale, strict=True):
             magnitude = block.xp.abs(delta)
-            kept = outer.keeps(magnitude, positions) & ~inner.keeps(magnitude, positions)
+            kept = outer.keeps(magnitude, block)
+            if inner is not _NONE:
+                kept = kept & ~inner.keeps(magnitude, block)
             found.append(delta * kept if scale == 1.0 else delta * kept * scale)
         return found
 

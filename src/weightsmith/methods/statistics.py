@@ -60,15 +60,24 @@ class Cut:
 
     Attributes:
         value: the k-th largest value; infinity where k is 0.
-        last: position of the last kept element among those equal to ``value``.
+        last: position of the last kept element among those equal to ``value``; -1 where none of them is kept.
     """
 
     value: float
     last: int
 
-    def keeps(self, values: Array, positions: Array) -> Array:
-        """Return a boolean array: which of these values are among the k largest."""
-        return (values > self.value) | ((values == self.value) & (positions <= self.last))
+    def keeps(self, values: Array, block: Block) -> Array:
+        """Return a boolean array: which of a block's values are among the k largest.
+
+        Args:
+            values: what was selected from, in the blocks' shape.
+            block: the block; its positions decide between equal values where not all of them are kept.
+        """
+        if self.last >= _EVERYWHERE:
+            return values >= self.value
+        if self.last < 0:
+            return values > self.value
+        return (values > self.value) | ((values == self.value) & (block.positions <= self.last))
 
 
 def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -> Statistic[list[Cut]]:

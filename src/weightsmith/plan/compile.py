@@ -55,8 +55,8 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
     method = get_method(recipe.merge_method)
     _check_parameters(recipe, method)
     naming = name_slots(recipe, _opener(find))
-    _check_models(recipe, method, naming)
     maker = Maker(recipe, method)
+    _check_models(method, naming, maker.warnings)
     made = {slot.name: maker.make(slot) for slot in naming.slots}
     maker.finish()
     tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
@@ -140,7 +140,7 @@ def _check_parameters(recipe: Merge, method: Method) -> None:
                 check(source.parameters, where, one_model=True)
 
 
-def _check_models(recipe: Merge, method: Method, naming: Naming) -> None:
+def _check_models(method: Method, naming: Naming, warnings: list[str]) -> None:
     """Check the number of models, and that their weights are numbers a method can work on."""
     for slot in naming.slots:
         if not slot.carried:
@@ -148,6 +148,8 @@ def _check_models(recipe: Merge, method: Method, naming: Naming) -> None:
             own = slot.base.model if with_base and slot.base else None
             count = sum(one.model is not own for one in slot.models)
             check_inputs(method, count, has_base=with_base)
+            if any(one.model is own and one.settings for one in slot.models):
+                warnings.append(f"{own.reference if own else ''} is the base: parameters given under it have no effect")
             break
     for model in naming.models:
         quantised = model.checkpoint.config.get("quantization_config")

@@ -1,0 +1,26 @@
+"""Keeps freed memory in the process while a run lasts.
+
+Blocks come and go by the thousand, each of half a megabyte. glibc gives such memory back to the kernel when it is
+freed and faults it in again, zeroed, for the next block: on a base and two fine-tunes of 0.5 GB that was 2.4 million
+page faults and three quarters of the time. Memory held stays the same: what one block frees, the next one takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks of up to 32 MB for reuse; does nothing under other C libraries."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+    mallopt(_M_TOP_PAD, 16 << 20)
