@@ -41,6 +41,23 @@ def test_a_tensor_that_some_models_lack_is_an_error_with_a_choice(write_model):
     assert "model.norm.weight" not in base
 
 
+def test_a_tensor_of_an_unused_base_alone_is_the_bases_to_give(write_model):
+    a, b = models(write_model, EXTRA, {})
+    with pytest.raises(PlanError, match="extra.weight is in a but not in b"):
+        ws.merge("linear", [b], a, weight=1.0)
+    for rule in ("base", "first"):
+        merged = ws.merge("linear", [b], a, weight=1.0, on_missing=rule)
+        assert np.array_equal(merged["extra.weight"].numpy(), EXTRA["extra.weight"])
+    assert "extra.weight" not in ws.merge("linear", [b], a, weight=1.0, on_missing="skip")
+
+
+def test_parameters_under_the_base_are_pointed_out(write_model):
+    a, b = models(write_model, {}, {})
+    text = f"merge_method: task_arithmetic\nbase_model: {a}\nmodels:\n- {{model: {a}, parameters: {{weight: 1}}}}\n"
+    merged = ws.merge_recipe(text + f"- {{model: {b}, parameters: {{weight: 0.5}}}}\n")
+    assert any("parameters given under it have no effect" in warning for warning in merged.warnings)
+
+
 def test_models_of_different_vocabulary_are_refused_with_both_sizes(write_model):
     a, b = models(write_model, {}, llama_tensors(1, vocabulary=20))
     with pytest.raises(PlanError, match=r"embed_tokens.weight is \[20, 8\] in b|\[16, 8\] in a.*on_shape_mismatch"):

@@ -73,12 +73,16 @@ def value_of(pattern: int, width: int) -> float:
 def rank_table(histogram: Histogram) -> npt.NDArray[np.float64]:
     """Return for every digit the mean rank of its elements, from 0 (smallest) to 1: ``[65536]``.
 
+    A single element has the rank 0.5, as in a row of one.
+
     Args:
         histogram: counts by the leading 16 bits.
     """
+    total = int(histogram.sum())
+    if total == 1:
+        return np.full(_BINS, 0.5)
     below = np.cumsum(histogram) - histogram
-    total = max(int(histogram.sum()) - 1, 1)
-    return np.asarray((below + (histogram - 1) / 2.0) / total).clip(0.0, 1.0)
+    return np.asarray((below + (histogram - 1) / 2.0) / max(total - 1, 1)).clip(0.0, 1.0)
 
 
 def look_up(array: Any, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from weightsmith.methods.block import Array, Block, Scope, Statistic
@@ -67,7 +68,8 @@ def sce(
     """
     cut, energies = selection
     total = sum(energies)
-    even = total == 0 or total < uniform_below
+    # A total that is not finite comes from a NaN or an overflow; it must not spread over the tensor.
+    even = not 0 < total < math.inf or total < uniform_below
     shares = [1.0 / len(energies) if even else energy / total for energy in energies]
     deltas = _selected(block, cut)
     agreeing = elect(block.xp, deltas)
@@ -91,7 +93,7 @@ def _active(block: Block, epsilon: float) -> tuple[list[Array], Array]:
 @method(
     base="required",
     minimum=1,
-    properties=("idempotent", "symmetric"),
+    properties=("idempotent", "symmetric", "translates"),
     source="Yuan et al., Behavior knowledge merge in reinforced agentic models, 2026, arXiv:2601.13572 (RAM); "
     "inferred from mergekit's form",
 )
@@ -126,7 +128,7 @@ def _overlaps(scope: Scope, *, epsilon: float) -> Statistic[list[float]]:
     minimum=1,
     statistic=_overlaps,
     scope="count_scope",
-    properties=("symmetric",),
+    properties=("idempotent", "symmetric", "translates"),
     source="Yuan et al., Behavior knowledge merge in reinforced agentic models, 2026, arXiv:2601.13572 (RAM+); "
     "inferred from mergekit's form",
     compat={"mergekit": {"count_scope": "tensor"}},

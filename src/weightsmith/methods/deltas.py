@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -124,7 +125,7 @@ def _with_scale(trim: Trim, *, rescale: bool) -> Statistic[Trim]:
 
 
 def l1_ratios(masked: Callable[[Block], Sequence[Array]]) -> Statistic[list[float]]:
-    """Return, for each model, the sum of magnitudes before over after masking; 1 where either vanishes."""
+    """Return, for each model, the sum of magnitudes before over after masking; 1 where either is below 1e-7."""
 
     def sums(block: Block) -> list[Any]:
         xp = block.xp
@@ -136,7 +137,7 @@ def l1_ratios(masked: Callable[[Block], Sequence[Array]]) -> Statistic[list[floa
 
     found = yield from totals(sums)
     return [
-        before / after if before >= 1e-7 and after >= 1e-7 else 1.0
+        before / after if 1e-7 <= before < math.inf and after >= 1e-7 else 1.0
         for before, after in zip(found[::2], found[1::2], strict=True)
     ]
 

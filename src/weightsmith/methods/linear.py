@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -11,9 +12,10 @@ from weightsmith.methods.registry import Param, PerModel, method
 
 
 def weights_have_a_sum(parameters: Mapping[str, Any]) -> None:
-    """Refuse weights that sum to zero where they are to be divided by their sum."""
+    """Refuse weights that sum to zero, but for rounding, where they are to be divided by their sum."""
     normalised = parameters.get("normalize", parameters.get("normalize_weights", False))
-    if normalised and parameters["weight"] and sum(parameters["weight"]) == 0:
+    weights = parameters["weight"]
+    if normalised and abs(math.fsum(weights)) <= 1e-12 * math.fsum(abs(weight) for weight in weights):
         raise MethodError("the weights sum to zero, so they cannot be normalised; set normalize: false")
 
 

@@ -13,7 +13,7 @@ from weightsmith.methods.statistics import largest
     base="required",
     minimum=1,
     maximum=1,
-    properties=("idempotent",),
+    properties=("idempotent", "translates"),
     source="alchemonaut, QuartetAnemoi-70B model card, 2024; mergekit (nearswap)",
     example={"t": 0.001},
 )
@@ -27,7 +27,9 @@ def nearswap(
     With s = min(t / |W - B|, 1): ``s W + (1-s) B``, which is ``B + clip(W - B, -t, t)``. Entries closer
     than t are taken from the model. t is absolute, so its effect depends on each tensor's scale.
     """
-    return block.base + block.xp.clip(block.deltas[0], -t, t)
+    xp, (delta,) = block.xp, block.deltas
+    # Not base + delta where that is the model: the sum is rounded, the model is exact.
+    return xp.where(xp.abs(delta) <= t, block.models[0], block.base + xp.clip(delta, -t, t))
 
 
 def _importance(block: Block) -> Array:
@@ -75,4 +77,6 @@ def arcee_fusion(block: Block, threshold: float) -> Array:
     samples a million entries of larger tensors at random.
     """
     xp = block.xp
-    return xp.where(_importance(block) >= threshold, block.models[0], block.base)
+    # A NaN has no importance; it is taken, so that a broken model does not look whole.
+    taken = (_importance(block) >= threshold) | xp.isnan(block.models[0])
+    return xp.where(taken, block.models[0], block.base)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from weightsmith.errors import MethodError
 from weightsmith.methods.block import Array, Block, Scope, Statistic
 from weightsmith.methods.linear import weights_have_a_sum
 from weightsmith.methods.registry import Granularity, Param, PerModel, method
@@ -24,6 +23,8 @@ Weight = Annotated[float, Param("share of this model")]
 _NO_LENGTH = 1e-8
 # Beyond this cosine SLERP takes the straight line, as everywhere in the field.
 _PARALLEL = 0.9995
+# A sum of unit vectors shorter than this is rounding: inner products hold 16 digits, lengths half as many.
+_CANCELLED = 1e-7
 
 
 def _with_base(scope: Scope) -> Statistic[Gram]:
@@ -109,7 +110,8 @@ def nuslerp(
     """Spherical interpolation of two models, or of their task vectors where there is a base.
 
     ``t = w_2 / (w_1 + w_2)``, 0.5 where the sum vanishes. Only the ratio of the weights counts. Without
-    flatten every vector along the last axis turns by its own angle (with row_wise, along the first).
+    flatten every vector along the last axis turns by its own angle (with row_wise, along the first). Where
+    vectors are parallel, or opposed (cosine below -0.9995), the straight line is taken.
     """
     total = sum(weight)
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
@@ -123,11 +125,15 @@ def nuslerp(
 
 
 def _arc(products: Gram, t: float) -> tuple[float, float]:
-    """Return the factors of two vectors; the straight line only where they are parallel to the last digit."""
+    """Return the factors of two vectors.
+
+    The straight line only where they are parallel to the last digit, or opposed: there the arc has no plane,
+    and between vectors of unequal length it would grow without bound.
+    """
     lengths = [math.sqrt(products[i][i]) or 1.0 for i in range(2)]
     cosine = max(-1.0, min(1.0, products[0][1] / (lengths[0] * lengths[1])))
     sine = math.sqrt(1.0 - cosine * cosine)
-    if sine < 1e-8:
+    if sine < 1e-8 or cosine < -_PARALLEL:
         return 1.0 - t, t
     angle = math.acos(cosine)
     return math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine
@@ -145,7 +151,7 @@ def _slerp_vectors(xp: Any, one: Array, other: Array, t: float, axis: int) -> Ar
     cosine = dot(wide_one, wide_other) / xp.where(lengths == 0, xp.ones_like(lengths), lengths)
     cosine = xp.clip(cosine, -1.0, 1.0)
     sine = xp.sqrt(1.0 - cosine * cosine)
-    straight = sine < 1e-8
+    straight = (sine < 1e-8) | (cosine < -_PARALLEL)
     safe = xp.where(straight, xp.ones_like(sine), sine)
     angle = xp.acos(cosine)
     first = xp.where(straight, xp.full_like(sine, 1.0 - t), xp.sin((1.0 - t) * angle) / safe)
@@ -219,17 +225,14 @@ def multislerp(
     (logarithm), averaged there with the weights, taken back (exponential), and given the mean length
     ``sum w_i |x_i|``. With a base, on task vectors. mergekit projects instead of taking the logarithm, and
     then the weighted sum of the tangents is zero by construction and the result is m itself
-    (``tangent: projection``).
+    (``tangent: projection``). Where there is no mean direction (vectors of zero, directions that cancel) the
+    result is the weighted sum.
     """
     shares = [w / sum(weight) for w in weight] if normalize_weights else list(weight)
     lengths, directions = _unit_gram(products, eps)
     length = math.fsum(w * x for w, x in zip(shares, lengths, strict=True))
     size = _length(shares, directions)
-    if size <= eps:
-        if len(shares) > 2:
-            raise MethodError(
-                "the weighted directions cancel, so they have no mean direction; change the weights or use karcher"
-            )
+    if not max(eps, _CANCELLED) * math.fsum(map(abs, shares)) < size < math.inf or not length < math.inf:
         coefficients = shares
     else:
         mean = [w / size for w in shares]
@@ -258,14 +261,16 @@ def karcher(
 
     From the normalised mean of the directions, steps along the mean of the logarithms until they are shorter
     than tol. The iteration runs on coefficients of the inputs in float64; mergekit runs it on tensors in the
-    files' dtype, which in bfloat16 loses small angles. Zero tensors count in the length alone.
+    files' dtype, which in bfloat16 loses small angles. Zero tensors count in the length alone. Where directions
+    cancel, the result is the plain mean.
     """
     count = len(products)
     lengths, directions = _unit_gram(products, 0.0)
     living = sum(length > 0 for length in lengths)
     start = [1.0 if length > 0 else 0.0 for length in lengths]
     size = _length(start, directions)
-    if size == 0.0:
+    mean = math.fsum(lengths) / count
+    if not _CANCELLED * living < size < math.inf or not mean < math.inf:
         return _combine([1.0 / count] * count, block.models)
     point = [s / size for s in start]
     for _ in range(max_iter):
@@ -276,5 +281,4 @@ def karcher(
         point = _step(point, step, directions)
         size = _length(point, directions)
         point = [p / size for p in point]
-    mean = math.fsum(lengths) / count
     return _combine([mean * p / x if x > 0 else 0.0 for p, x in zip(point, lengths, strict=True)], block.models)

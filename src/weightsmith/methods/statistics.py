@@ -27,7 +27,15 @@ def totals(values: Callable[[Block], Sequence[Any]]) -> Statistic[list[float]]:
         One float per number.
     """
     rows = yield Sweep(lambda block: [float(value) for value in values(block)])
-    return [math.fsum(column) for column in zip(*rows, strict=True)]
+    return [_sum(column) for column in zip(*rows, strict=True)]
+
+
+def _sum(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):
+        # Infinities of both signs, or a sum beyond float64: NaN or infinity, as IEEE has it, and no error.
+        return sum(values)
 
 
 def gram(vectors: Callable[[Block], Sequence[Array]]) -> Statistic[list[list[float]]]:
@@ -45,7 +53,7 @@ def gram(vectors: Callable[[Block], Sequence[Array]]) -> Statistic[list[list[flo
     rows = yield Sweep(products)
     if not rows:
         return []
-    flat = [math.fsum(column) for column in zip(*rows, strict=True)]
+    flat = [_sum(column) for column in zip(*rows, strict=True)]
     count = (math.isqrt(8 * len(flat) + 1) - 1) // 2
     lower = [[flat[i * (i + 1) // 2 + j] for j in range(i + 1)] for i in range(count)]
     return [[lower[max(i, j)][min(i, j)] for j in range(count)] for i in range(count)]
@@ -90,7 +98,7 @@ def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -
 
     Args:
         values: gives for a block one array of non-negative numbers per selection, in the blocks' shape. NaN
-            orders above infinity.
+            orders above infinity and is itself never kept.
         counts: k per selection, ``0 <= k <= size of the scope``.
 
     Returns:
@@ -120,6 +128,9 @@ def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -
     for i, count in enumerate(counts):
         value = select.value_of(prefixes[i], bits)
         if count == 0:
+            cuts.append(Cut(math.inf, -1))
+        elif math.isnan(value):
+            # More NaNs than entries to keep: nothing else is kept, and NaN equals nothing to count.
             cuts.append(Cut(math.inf, -1))
         elif wanted[i] == equal[i]:
             cuts.append(Cut(value, _EVERYWHERE))

@@ -121,7 +121,8 @@ class Maker:
         found: Mapping[int, Tensor | None],
         lacking: list[Contribution],
     ) -> Tensor | None:
-        having = [one for one in everyone if found[id(one)] is not None]
+        # A tensor of a base that the method has no use for: it is the base's alone.
+        having = [one for one in everyone if found[id(one)] is not None] or ([slot.base] if slot.base else [])
         rule = self._recipe.on_missing
         if rule == "error":
             self._missing.append((slot, [o.model.label for o in having], [o.model.label for o in lacking]))

@@ -154,38 +154,69 @@ def _name_slices(
         levels = (piece.parameters, *part.levels)
         if number == 0:
             slots += _outside(part, sources, slice_base, levels, of, before=True)
-        starts = [(model, source.layer_range[0]) for model, source in sources]
-        base_start = next((start for model, start in starts if model is slice_base), starts[0][1])
-        donor_start = next((start for model, start in starts if model is part.donor), starts[0][1])
         for step in range(length):
-            layer = len(picked)
-            picked.append(donor_start + step)
-            everyone = list(starts)
-            if slice_base is not None and all(model is not slice_base for model, _ in starts):
-                everyone.append((slice_base, base_start))
-            members = [_layer(*of(model), start + step) for model, start in everyone]
-            for suffix in union(*members):
-                output = donor_stack.name(layer, suffix)
-                contributions = [
-                    Contribution(model, part.name_in(model, _name_at(of(model)[1], start + step, suffix)))
-                    for model, start in everyone
-                ]
-                position = step / (length - 1) if length > 1 else 1.0
-                slots.append(
-                    Slot(
-                        Place(part.prefix + output, layer, position, part.module),
-                        tuple(
-                            Contribution(one.model, one.tensor, source.parameters)
-                            for one, (_, source) in zip(contributions, sources, strict=False)
-                        ),
-                        next((one for one in contributions if one.model is slice_base), None),
-                        levels,
-                        stack=donor_stack.prefix,
-                    )
-                )
+            ranks = [(model, source.layer_range[0] + step) for model, source in sources]
+            # A base that is not among the sources takes part with the layer that the first source does.
+            base_rank = next((rank for model, rank in ranks if model is slice_base), ranks[0][1])
+            donor_rank = next((rank for model, rank in ranks if model is part.donor), ranks[0][1])
+            position = step / (length - 1) if length > 1 else 1.0
+            layer = _Layer(donor_stack, len(picked), position, ranks, (slice_base, base_rank) if slice_base else None)
+            slots += _layer_slots(part, layer, [source.parameters for _, source in sources], levels, of)
+            picked.append(donor_rank)
         if number == len(slices) - 1:
             slots += _outside(part, sources, slice_base, levels, of, before=False)
     return slots, Restack(_under(donor_stack, part.prefix), tuple(picked))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of the output, and the layers it is made from.
+
+    Attributes:
+        stack: the donor's stack, whose names the output takes.
+        number: the layer's number in the output.
+        position: its place in its slice, from 0 to 1.
+        ranks: the models, each with the rank of its layer among its own.
+        base: the base with the rank of its layer, or None.
+    """
+
+    stack: Stack
+    number: int
+    position: float
+    ranks: list[tuple[Model, int]]
+    base: tuple[Model, int] | None
+
+
+def _layer_slots(
+    part: _Part,
+    layer: _Layer,
+    settings: Sequence[Settings],
+    levels: tuple[Settings, ...],
+    of: Callable[[Model], tuple[Architecture, Stack]],
+) -> list[Slot]:
+    """Return the slots of one layer: every tensor that any of its sources has there."""
+
+    def names(model: Model, rank: int) -> Mapping[str, str]:
+        architecture, stack = of(model)
+        return architecture.members(stack, stack.indices[rank])
+
+    def contribution(model: Model, rank: int, suffix: str, own: Settings) -> Contribution:
+        stack = of(model)[1]
+        return Contribution(model, part.name_in(model, stack.name(stack.indices[rank], suffix)), own)
+
+    everyone = [*layer.ranks, *([layer.base] if layer.base else [])]
+    return [
+        Slot(
+            Place(part.prefix + layer.stack.name(layer.number, suffix), layer.number, layer.position, part.module),
+            tuple(
+                contribution(model, rank, suffix, own) for (model, rank), own in zip(layer.ranks, settings, strict=True)
+            ),
+            contribution(*layer.base, suffix, {}) if layer.base else None,
+            levels,
+            stack=layer.stack.prefix,
+        )
+        for suffix in union(*(names(model, rank) for model, rank in everyone))
+    ]
 
 
 def _outside(
@@ -246,14 +277,6 @@ def _only_stack(architecture: Architecture, model: Model, module: str | None) ->
         raise PlanError(f"{inside} has no numbered layers, so it cannot be sliced")
     listed = ", ".join(f"{stack.prefix} ({len(stack.indices)} layers)" for stack in stacks)
     raise PlanError(f"{inside} has several stacks of layers: {listed}; say with modules: which one the slices mean")
-
-
-def _layer(architecture: Architecture, stack: Stack, rank: int) -> Mapping[str, str]:
-    return architecture.members(stack, stack.indices[rank])
-
-
-def _name_at(stack: Stack, rank: int, suffix: str) -> str:
-    return stack.name(stack.indices[rank], suffix)
 
 
 def _under(stack: Stack, prefix: str) -> Stack:
