@@ -1,7 +1,9 @@
 """The conformance battery: what every method must hold, by what it declares of itself.
 
 The checks are plain functions that raise AssertionError, so that they run in a test suite and from the command
-line (``weightsmith methods NAME --check``), on methods of this package and of anybody else's.
+line (``weightsmith methods NAME --check``), on methods of this package and of anybody else's. A method that fails
+while it runs fails the check. Which promises are tried follows from ``properties`` and the parameters to try from
+``example``; :func:`dataclasses.replace` gives a method another example.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from weightsmith.engine.arrays import merge_arrays
-from weightsmith.errors import WeightsmithError
 from weightsmith.methods.registry import Method
 
 Array = npt.NDArray[Any]
@@ -42,10 +43,16 @@ def run_battery(method: Method) -> Iterator[tuple[str, str | None]]:
     for name, check in CHECKS.items():
         try:
             check(method)
-        except (AssertionError, WeightsmithError) as error:
-            yield name, str(error).strip().split("\n")[0] or "does not hold"
+        except AssertionError as error:
+            yield name, _first_line(error) or "does not hold"
+        except Exception as error:
+            yield name, f"{type(error).__name__}: {_first_line(error)}"
         else:
             yield name, None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def models_for(method: Method) -> int:
@@ -111,10 +118,28 @@ def any_block_size(method: Method) -> None:
 def inputs_untouched(method: Method) -> None:
     """No input is modified."""
     models, base = inputs_for(method, SHAPES["matrix"])
-    before = [array.copy() for array in (*models, *([base] if base is not None else []))]
+    before = [array.copy() for array in _all(models, base)]
     _merge(method, models, base)
-    after = (*models, *([base] if base is not None else []))
+    after = _all(models, base)
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)), "an input was modified"
+
+
+def _all(models: list[Array], base: Array | None) -> list[Array]:
+    return models if base is None else [*models, base]
+
+
+def unchanged_tensor(method: Method) -> None:
+    """A tensor that no model changes is the base's, and one that a single model leaves alone is finite.
+
+    Most fine-tunes leave some tensors alone: task vectors of zero have no direction and no largest entry.
+    """
+    for name in ("matrix", "vector", "scalar"):
+        models, base = inputs_for(method, SHAPES[name])
+        if base is None:
+            return
+        _close(_merge(method, [base.copy() for _ in models], base), base, f"{name}: models that equal the base")
+        merged = _merge(method, [base.copy(), *models[1:]], base)
+        assert np.isfinite(merged).all(), f"{name}: not finite where one model equals the base"
 
 
 def idempotent(method: Method) -> None:
@@ -137,53 +162,64 @@ def _keeping(method: Method) -> dict[str, Any]:
 
 
 def symmetric(method: Method) -> None:
-    """The order of the models does not matter."""
+    """The order of the models does not matter, weights going with them."""
     if "symmetric" not in method.properties or method.maximum == 1:
         return
     models, base = inputs_for(method, SHAPES["matrix"])
     labels = [f"model{i}" for i in range(len(models))]
-    merged = _merge(method, models, base, labels=labels)
-    turned = _merge(method, models[::-1], base, labels=labels[::-1])
+    given: dict[str, Any] = {}
+    if "weight" in method.parameters:
+        given["weight"] = [0.5 + 0.25 * i for i in range(len(models))]
+    merged = _merge(method, models, base, parameters=given, labels=labels)
+    given = {name: values[::-1] for name, values in given.items()}
+    turned = _merge(method, models[::-1], base, parameters=given, labels=labels[::-1])
     _close(turned, merged, "the models in another order", 5e-6)
 
 
 def translates(method: Method) -> None:
-    """A constant added to the base and to every model is added to the result."""
+    """One checkpoint added to the base and to every model is added to the result."""
     if "translates" not in method.properties:
         return
-    models, base = _on_a_grid(method, SHAPES["matrix"])
+    models, base = inputs_for(method, SHAPES["matrix"])
+    models, base = [_on_a_grid(model) for model in models], None if base is None else _on_a_grid(base)
+    added = _on_a_grid(np.random.default_rng(1).uniform(-4, 4, SHAPES["matrix"]).astype(np.float32))
     merged = _merge(method, models, base)
-    moved = _merge(method, [model + 4 for model in models], None if base is None else base + 4)
-    if base is None and method.base == "optional":
-        return
-    _close(moved, merged + 4, "a constant added to all inputs", 5e-6)
+    moved = _merge(method, [model + added for model in models], None if base is None else base + added)
+    _close(moved, merged + added, "a checkpoint added to all inputs", 5e-6)
 
 
-def _on_a_grid(method: Method, shape: tuple[int, ...]) -> tuple[list[Array], Array | None]:
-    """Return inputs whose sums and differences are exact, so that a shift changes no rank and no sign."""
-    models, base = inputs_for(method, shape)
-    grid = [np.round(array * 1024) / np.float32(1024) for array in models]
-    return grid, None if base is None else np.round(base * 1024) / np.float32(1024)
+def _on_a_grid(array: Array) -> Array:
+    """Round, so that sums and differences are exact and adding something changes no rank and no sign."""
+    return np.round(array * 1024) / np.float32(1024)
 
 
 def removable(method: Method) -> None:
-    """A model of weight 0 has no influence."""
-    if "removable" not in method.properties or method.maximum == 2:
+    """A model of weight 0 has no influence: another in its place, or none, gives the same."""
+    if "removable" not in method.properties:
         return
-    models, base = inputs_for(method, SHAPES["matrix"], models=3)
-    stranger = (100 * models[2]).astype(np.float32)
-    weight = {"weight": [0.5, 0.25, 0.0]}
-    with_one = _merge(method, models, base, parameters=weight)
-    with_other = _merge(method, [*models[:2], stranger], base, parameters=weight)
-    _close(with_other, with_one, "a model of weight 0")
+    count = max(models_for(method), 2)
+    models, base = inputs_for(method, SHAPES["matrix"], models=count)
+    weights = [0.5, 0.25, *[0.0] * (count - 2)] if count > 2 else [0.5, 0.0]
+    merged = _merge(method, models, base, parameters={"weight": weights})
+    stranger = (100 * models[-1]).astype(np.float32)
+    with_other = _merge(method, [*models[:-1], stranger], base, parameters={"weight": weights})
+    _close(with_other, merged, "another model of weight 0")
+    if count > method.minimum:
+        without = _merge(method, models[:-1], base, parameters={"weight": weights[:-1]})
+        _close(without, merged, "a merge without the model of weight 0")
 
 
 def seeded(method: Method) -> None:
-    """The same seed gives the same bytes and another seed, tensor or model name other ones."""
+    """The same seed gives the same bytes; of a random method, another seed, tensor or model name other ones."""
     models, base = inputs_for(method, SHAPES["matrix"])
     merged = _merge(method, models, base, seed=1)
     _same_bytes(_merge(method, models, base, seed=1), merged, "the same seed")
-    for what, change in (("seed", {"seed": 2}), ("tensor's name", {"name": "another"})):
+    labels = [f"another {i}" for i in range(len(models))]
+    for what, change in (
+        ("seed", {"seed": 2}),
+        ("tensor name", {"name": "another"}),
+        ("model name", {"labels": labels}),
+    ):
         same = np.array_equal(_merge(method, models, base, **{"seed": 1, **change}), merged)
         assert same != method.random, f"another {what} {'does not change' if method.random else 'changes'} the result"
 
@@ -202,19 +238,25 @@ def narrow_inputs(method: Method) -> None:
 
 def wide_inputs(method: Method) -> None:
     """Inputs in float64 are worked on in float64."""
+    rng = np.random.default_rng(0)
     models, base = inputs_for(method, SHAPES["matrix"])
-    wide_base = None if base is None else base.astype(np.float64)
-    merged = _merge(method, [model.astype(np.float64) for model in models], wide_base)
+    wide, wide_base = ([array * rng.uniform(1, 2, array.shape) for array in part] for part in (models, _all([], base)))
+    merged = _merge(method, wide, wide_base[0] if wide_base else None)
     assert merged.dtype == np.float64, f"float64 inputs gave {merged.dtype}"
+    short = float(np.mean(merged == merged.astype(np.float32)))
+    assert short < 0.5, f"of float64 inputs, {short:.0%} of the results are those of float32"
 
 
 def nonfinite_inputs(method: Method) -> None:
-    """NaN and infinity in an input stay where they are: they neither hang nor spread beyond their vector."""
-    models, base = inputs_for(method, SHAPES["matrix"])
-    models[0][0, 0] = np.nan
-    models[0][1, 1] = np.inf
-    merged = _merge(method, models, base)
-    assert merged.shape == SHAPES["matrix"], "the shape changed"
+    """A NaN in an input stays NaN, and neither it nor an infinity stops the merge, however many there are."""
+    for share in (0.01, 0.5, 1.0):
+        models, base = inputs_for(method, SHAPES["matrix"])
+        broken = np.random.default_rng(1).random(SHAPES["matrix"]) < share
+        models[0][broken] = np.nan
+        assert np.isnan(_merge(method, models, base)[broken]).all(), "a NaN became a number"
+        models[0][broken] = np.inf
+        models[-1][broken] = -np.inf
+        _merge(method, models, base)
 
 
 CHECKS: dict[str, Check] = {
@@ -223,6 +265,7 @@ CHECKS: dict[str, Check] = {
         any_shape,
         any_block_size,
         inputs_untouched,
+        unchanged_tensor,
         idempotent,
         symmetric,
         translates,

@@ -1,7 +1,7 @@
 """Every method once more: whole tensors, float64, sorts and loops, written from the papers and cards.
 
-Slow and plain on purpose, and sharing nothing with the package. Each takes the models (float64), the base (or
-None) and the parameters. Random methods are compared where nothing is dropped.
+Slow and plain on purpose, and sharing nothing with the package but the random numbers. Each takes the models (in float64), the base (or
+None; in the dtype that the package works in, for it ranks what it computes in that dtype) and the parameters.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.kernels import philox
+
 Array = np.ndarray[Any, Any]
 
 
 def each(value: Any, models: list[Array]) -> list[Any]:
     return value if isinstance(value, list) else [value] * len(models)
+
+
+def _ranked_delta(model, base):
+    return (model.astype(base.dtype) - base).astype(np.float64)
 
 
 def linear(models, base, weight=1.0, normalize=True):
@@ -150,8 +156,7 @@ def task_arithmetic(models, base, weight=1.0, normalize=False, **given):
 def ties(models, base, weight=1.0, density=1.0, normalize=True, rescale=False, **given):
     deltas = []
     for model, share in zip(models, each(density, models), strict=True):
-        # The package ranks float32 differences.
-        delta = (model.astype(np.float32) - base).astype(np.float64)
+        delta = _ranked_delta(model, base)
         kept = _ranked(delta) < max(1, int(share * delta.size))
         deltas.append(_rescaled(delta, kept, rescale))
     scale = given.get("lambda", 1.0)
@@ -161,7 +166,7 @@ def ties(models, base, weight=1.0, density=1.0, normalize=True, rescale=False, *
 def _breadcrumbs(models, base, weight, density, gamma, rescale, consensus):
     deltas = []
     for model in models:
-        delta = (model.astype(np.float32) - base).astype(np.float64)
+        delta = _ranked_delta(model, base)
         n = delta.size
         kept, top = int(density * n), int(gamma * n)
         bottom = max(0, n - kept - top)
@@ -178,17 +183,67 @@ def breadcrumbs_ties(models, base, weight=1.0, density=1.0, gamma=0.01, rescale=
     return _breadcrumbs(models, base, weight, density, gamma, rescale, consensus=True)
 
 
-def _random(consensus, normalize_by_default):
-    def reference(models, base, weight=1.0, density=1.0, normalize=normalize_by_default):
-        assert density in (0.0, 1.0)
-        deltas = [(m - base) * density for m in models]
+def _thinned(models, base, density, chances, rescale, rescale_by):
+    """Drop entries where the generator, which has tests of its own, draws at least their chance."""
+    deltas = []
+    for i, (model, share) in enumerate(zip(models, each(density, models), strict=True)):
+        delta = _ranked_delta(model, base)
+        draw = philox.uniform(philox.key_of(0, "tensor", i), 0, delta.size).reshape(delta.shape)
+        chance = chances(delta, share) if 0 < share < 1 else np.full(delta.shape, share)
+        out = np.where(draw < chance, delta, 0.0)
+        if rescale and rescale_by == "l1" and np.abs(out).sum() > 0:
+            out = out * np.abs(delta).sum() / np.abs(out).sum()
+        elif rescale:
+            out = out / np.where(chance > 0, chance, 1.0)
+        deltas.append(out)
+    return deltas
+
+
+def _dare(consensus):
+    def reference(models, base, weight=1.0, density=1.0, normalize=False, rescale=True, rescale_by="expected"):
+        deltas = _thinned(models, base, density, lambda _, share: share, rescale, rescale_by)
+        return _add(base, deltas, each(weight, models), consensus=consensus, normalize=normalize, scale=1.0)
+
+    return reference
+
+
+def _della(consensus):
+    def reference(
+        models,
+        base,
+        weight=1.0,
+        density=1.0,
+        epsilon=0.15,
+        normalize=consensus,
+        rescale=True,
+        rescale_by="expected",
+        trim_scope="row",
+    ):
+        def in_rows(delta, share):
+            rows = np.abs(delta).reshape(delta.shape[0] if delta.ndim > 1 else 1, -1)
+            rank = np.stack([np.argsort(np.argsort(row, kind="stable")) for row in rows]) / (rows.shape[1] - 1)
+            return (share - epsilon + 2 * epsilon * rank).reshape(delta.shape)
+
+        def in_tensor(delta, share):
+            # Patterns of 16 bits stand for the magnitudes; equal ones share the mean of their ranks.
+            patterns = np.abs(delta).astype(base.dtype).view(f"u{base.dtype.itemsize}") >> (
+                8 * base.dtype.itemsize - 16
+            )
+            ordered = np.sort(patterns.ravel())
+            first = np.searchsorted(ordered, patterns.ravel(), "left")
+            last = np.searchsorted(ordered, patterns.ravel(), "right") - 1
+            rank = (first + last) / 2 / (delta.size - 1)
+            return (share - epsilon + 2 * epsilon * rank).reshape(delta.shape)
+
+        chances = in_rows if trim_scope == "row" else in_tensor
+        deltas = _thinned(models, base, density, chances, rescale, rescale_by)
         return _add(base, deltas, each(weight, models), consensus=consensus, normalize=normalize, scale=1.0)
 
     return reference
 
 
 def sce(models, base, select_topk=1.0):
-    deltas = np.stack([(m.astype(np.float32) - base).astype(np.float64) for m in models])
+    deltas = np.stack([_ranked_delta(m, base) for m in models])
     variance = deltas.var(axis=0)
     if select_topk < 1:
         count = int(np.count_nonzero(variance) * select_topk)
@@ -202,7 +257,8 @@ def sce(models, base, select_topk=1.0):
 
 
 def nearswap(models, base, t):
-    distance = np.maximum(np.abs(np.float64(base) - models[0]), 1e-6)
+    base = np.float64(base)
+    distance = np.maximum(np.abs(base - models[0]), 1e-6)
     share = np.clip(t / distance, 0, 1)
     return share * models[0] + (1 - share) * base
 
@@ -281,10 +337,35 @@ REFERENCES: dict[str, tuple[Callable[..., Array], list[dict[str, Any]]]] = {
             {"weight": 1.0, "density": 0.4, "normalize": False, "rescale": True},
         ],
     ),
-    "dare_linear": (_random(False, False), [{"weight": [0.5, 1.0, 2.0]}, {"weight": 1.0, "density": 0.0}]),
-    "dare_ties": (_random(True, False), [{"weight": [0.5, 1.0, 2.0]}]),
-    "della": (_random(True, True), [{"weight": [0.5, 1.0, 2.0]}]),
-    "della_linear": (_random(False, False), [{"weight": [0.5, 1.0, 2.0]}]),
+    "dare_linear": (
+        _dare(False),
+        [
+            {"weight": [0.5, 1.0, 2.0], "density": [0.3, 0.9, 1.0]},
+            {"weight": [0.5, 1.0, 2.0], "density": 0.4, "rescale_by": "l1", "normalize": True},
+            {"weight": 1.0, "density": 0.5, "rescale": False},
+            {"weight": 1.0, "density": 0.0},
+        ],
+    ),
+    "dare_ties": (
+        _dare(True),
+        [{"weight": [0.5, 1.0, 2.0], "density": 0.4}, {"weight": 1.0, "density": 0.4, "rescale_by": "l1"}],
+    ),
+    "della": (
+        _della(True),
+        [
+            {"weight": [0.5, 1.0, 2.0]},
+            {"weight": [0.5, 1.0, 2.0], "density": [0.3, 0.5, 0.8]},
+            {"weight": 1.0, "density": 0.4, "rescale_by": "l1", "normalize": False},
+        ],
+    ),
+    "della_linear": (
+        _della(False),
+        [
+            {"weight": [0.5, 1.0, 2.0], "density": [0.0, 0.5, 1.0]},
+            {"weight": 1.0, "density": 0.5, "trim_scope": "tensor"},
+            {"weight": 1.0, "density": 0.5, "rescale": False},
+        ],
+    ),
     "breadcrumbs": (
         breadcrumbs,
         [{"weight": 0.5, "density": 0.5, "gamma": 0.1}, {"weight": 1.0, "density": 0.8, "gamma": 0.5, "rescale": True}],

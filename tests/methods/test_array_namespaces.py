@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,21 @@ from weightsmith.methods.settings import complete
 
 torch = pytest.importorskip("torch")
 SHAPE = (24, 36)
+
+
+# Every method as its example has it, and the ways of computing that no example takes.
+EXAMPLES = [(name, dict(method.example)) for name, method in sorted(all_methods().items())]
+VARIANTS = [
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}),
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("multislerp", {"weight": 0.5, "tangent": "projection"}),
+    ("model_stock", {"filter_wise": True}),
+    ("ties", {"weight": 0.5, "density": 0.3, "rescale": True}),
+    ("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.2}),
+    ("dare_linear", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
+    ("della", {"weight": 0.5, "density": 0.3, "trim_scope": "tensor"}),
+    ("sce", {"select_topk": 1.0}),
+]
 
 
 def run(method: Method, models: list[Any], base: Any, wrap: Any) -> Any:
@@ -47,9 +63,9 @@ def run(method: Method, models: list[Any], base: Any, wrap: Any) -> Any:
     return method.call(block, statistic, parameters)
 
 
-@pytest.mark.parametrize("name", sorted(all_methods()))
-def test_torch_tensors_give_what_numpy_arrays_give(name):
-    method = all_methods()[name]
+@pytest.mark.parametrize(("name", "given"), EXAMPLES + VARIANTS, ids=str)
+def test_torch_tensors_give_what_numpy_arrays_give(name, given):
+    method = replace(all_methods()[name], example=given)
     models, base = conformance.inputs_for(method, SHAPE)
     expected = np.asarray(run(method, models, base, np.asarray))
     found = run(method, models, base, torch.from_numpy)

@@ -23,6 +23,8 @@ Weight = Annotated[float, Param("share of this model")]
 _NO_LENGTH = 1e-8
 # Beyond this cosine SLERP takes the straight line, as everywhere in the field.
 _PARALLEL = 0.9995
+# Below this sine opposed vectors are so but for the rounding of float32.
+_OPPOSED = 1e-3
 # A sum of unit vectors shorter than this is rounding: inner products hold 16 digits, lengths half as many.
 _CANCELLED = 1e-7
 
@@ -111,7 +113,7 @@ def nuslerp(
 
     ``t = w_2 / (w_1 + w_2)``, 0.5 where the sum vanishes. Only the ratio of the weights counts. Without
     flatten every vector along the last axis turns by its own angle (with row_wise, along the first). Where
-    vectors are parallel, or opposed (cosine below -0.9995), the straight line is taken.
+    vectors are parallel, or opposed to within a thousandth of a radian, the straight line is taken.
     """
     total = sum(weight)
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
@@ -133,7 +135,7 @@ def _arc(products: Gram, t: float) -> tuple[float, float]:
     lengths = [math.sqrt(products[i][i]) or 1.0 for i in range(2)]
     cosine = max(-1.0, min(1.0, products[0][1] / (lengths[0] * lengths[1])))
     sine = math.sqrt(1.0 - cosine * cosine)
-    if sine < 1e-8 or cosine < -_PARALLEL:
+    if sine < (1e-8 if cosine > 0 else _OPPOSED):
         return 1.0 - t, t
     angle = math.acos(cosine)
     return math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine
@@ -151,7 +153,7 @@ def _slerp_vectors(xp: Any, one: Array, other: Array, t: float, axis: int) -> Ar
     cosine = dot(wide_one, wide_other) / xp.where(lengths == 0, xp.ones_like(lengths), lengths)
     cosine = xp.clip(cosine, -1.0, 1.0)
     sine = xp.sqrt(1.0 - cosine * cosine)
-    straight = (sine < 1e-8) | (cosine < -_PARALLEL)
+    straight = (sine < 1e-8) | ((sine < _OPPOSED) & (cosine < 0))
     safe = xp.where(straight, xp.ones_like(sine), sine)
     angle = xp.acos(cosine)
     first = xp.where(straight, xp.full_like(sine, 1.0 - t), xp.sin((1.0 - t) * angle) / safe)
