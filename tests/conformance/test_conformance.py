@@ -14,6 +14,7 @@ from weightsmith import conformance
 from weightsmith.engine.arrays import merge_arrays
 from weightsmith.methods import registry
 from weightsmith.methods.registry import PerModel, all_methods, get_method, method
+from weightsmith.methods.settings import complete
 
 METHODS = sorted(all_methods())
 
@@ -82,6 +83,23 @@ def test_a_method_holds_what_it_declares_with_other_parameters(name, given):
     kept = known.properties - ({"idempotent", "translates"} if scales else set())
     found = dict(conformance.run_battery(replace(known, example=given, properties=kept)))
     assert not {check: problem for check, problem in found.items() if problem}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("name", "given"), [*((name, dict(get_method(name).example)) for name in METHODS), *VARIANTS], ids=str
+)
+def test_what_is_not_finite_stays_in_its_vector(name, given, value):
+    known = replace(get_method(name), example=given)
+    models, base = conformance.inputs_for(known, (24, 36))
+    models[0][3, 4] = value
+    parameters = conformance.parameters_for(known, len(models))
+    broken = ~np.isfinite(merge_arrays(name, models, base, parameters=parameters))
+    reads = known.reads(complete(known, parameters, len(models), has_base=base is not None))
+    # By columns for the one method that takes the whole tensor; elsewhere the vectors are rows.
+    within = np.zeros((24, 36), bool)
+    within[{"elements": (3, 4), "tensor": (slice(None), 4)}.get(reads, 3)] = True
+    assert not (broken & ~within).any()
 
 
 def good(block: Any, weight: Any) -> Any:

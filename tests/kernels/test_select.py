@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -27,6 +27,7 @@ def kth_largest(parts: list[np.ndarray], k: int) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None)
 @given(data=st.data())
 def test_the_kth_largest_is_that_of_a_sort(dtype, data):
     bits = 8 * np.dtype(dtype).itemsize

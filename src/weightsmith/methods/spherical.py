@@ -134,10 +134,11 @@ def _arc(products: Gram, t: float) -> tuple[float, float]:
     """
     lengths = [math.sqrt(products[i][i]) or 1.0 for i in range(2)]
     cosine = max(-1.0, min(1.0, products[0][1] / (lengths[0] * lengths[1])))
-    sine = math.sqrt(1.0 - cosine * cosine)
+    # The sine of this very angle: then what rounding does to it falls out of the quotients.
+    angle = math.acos(cosine)
+    sine = math.sin(angle)
     if sine < (1e-8 if cosine > 0 else _OPPOSED):
         return 1.0 - t, t
-    angle = math.acos(cosine)
     return math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine
 
 
@@ -152,10 +153,10 @@ def _slerp_vectors(xp: Any, one: Array, other: Array, t: float, axis: int) -> Ar
     lengths = xp.sqrt(dot(wide_one, wide_one)) * xp.sqrt(dot(wide_other, wide_other))
     cosine = dot(wide_one, wide_other) / xp.where(lengths == 0, xp.ones_like(lengths), lengths)
     cosine = xp.clip(cosine, -1.0, 1.0)
-    sine = xp.sqrt(1.0 - cosine * cosine)
+    angle = xp.acos(cosine)
+    sine = xp.sin(angle)
     straight = (sine < 1e-8) | ((sine < _OPPOSED) & (cosine < 0))
     safe = xp.where(straight, xp.ones_like(sine), sine)
-    angle = xp.acos(cosine)
     first = xp.where(straight, xp.full_like(sine, 1.0 - t), xp.sin((1.0 - t) * angle) / safe)
     second = xp.where(straight, xp.full_like(sine, t), xp.sin(t * angle) / safe)
     return xp.astype(first * wide_one + second * wide_other, one.dtype)
