@@ -2,9 +2,9 @@
 
 Run by hand, with an interpreter that has mergekit; nothing in the package or its tests imports it:
 
-    python3 -m venv /tmp/mk
-    /tmp/mk/bin/pip install torch==2.13.0 && /tmp/mk/bin/pip install mergekit==0.1.5
-    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 /tmp/mk/bin/python tests/golden/make.py
+    python3 -m venv mergekit-venv
+    mergekit-venv/bin/pip install torch==2.13.0 && mergekit-venv/bin/pip install mergekit==0.1.5
+    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 mergekit-venv/bin/python tests/golden/make.py
 
 Every `cases/NAME.yaml` is a recipe written by hand. Its first comment line says what it shows, a line
 `# differs:` where the method departs from its publication. The run adds `cases/NAME.safetensors`, or
@@ -184,9 +184,9 @@ finite. `random/` holds recipes with random masks, of which only statistics can 
 
 Made with {versions}. To make them again:
 
-    python3 -m venv /tmp/mk
-    /tmp/mk/bin/pip install torch==2.13.0 && /tmp/mk/bin/pip install mergekit==0.1.5
-    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 /tmp/mk/bin/python tests/golden/make.py [NAME ...]
+    python3 -m venv mergekit-venv
+    mergekit-venv/bin/pip install torch==2.13.0 && mergekit-venv/bin/pip install mergekit==0.1.5
+    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 mergekit-venv/bin/python tests/golden/make.py [NAME ...]
 
 "Differs" says where the case departs from the published method, or from mergekit's own documents.
 
