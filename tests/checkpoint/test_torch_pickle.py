@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class Calls:
         return self.call
 
 
-MARK = "/tmp/weightsmith-was-attacked"
+MARK = os.path.join(tempfile.gettempdir(), "weightsmith-was-attacked")
 ATTACKS = {
     "os.system": (pickle.dumps(Calls(os.system, f"touch {MARK}")), r"asks for (posix|nt)\.system"),
     "eval": (pickle.dumps(Calls(eval, "1")), r"asks for builtins\.eval"),

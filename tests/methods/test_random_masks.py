@@ -11,6 +11,7 @@ import pytest
 import weightsmith as ws
 from conftest import read_safetensors
 from weightsmith.engine.arrays import merge_arrays
+from weightsmith.errors import MethodError
 from weightsmith.kernels.select import histograms, look_up, rank_table
 
 SHAPE = (64, 512)
@@ -64,6 +65,25 @@ def test_della_keeps_large_entries_more_often(scope):
         chosen = (rank >= low) & (rank < low + 0.1)
         expected = 0.2 + 0.6 * (low + 0.05)
         assert kept[chosen].mean() / 40 == pytest.approx(expected, abs=0.01)
+
+
+def test_della_keeps_entries_alone_in_their_row_with_the_density_as_chance():
+    column, zero = np.ones((4000, 1), np.float32), np.zeros((4000, 1), np.float32)
+    merged = merge_arrays("della_linear", [column], zero, parameters={"weight": 1.0, "density": 0.4})
+    assert np.mean(merged != 0) == pytest.approx(0.4, abs=0.03)
+    np.testing.assert_allclose(merged[merged != 0], 2.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("density", "epsilon", "good"),
+    [(0.5, 0.4, True), (0.25, 0.25, False), (0.75, 0.25, False), (0.5, 0.5, False), (1.0, 0.4, True), (0.0, 0.4, True)],
+)
+def test_della_takes_windows_of_chances_within_zero_and_one(density, epsilon, good):
+    if good:
+        thinned("della_linear", density=density, epsilon=epsilon)
+        return
+    with pytest.raises(MethodError, match="both must lie within"):
+        thinned("della_linear", density=density, epsilon=epsilon)
 
 
 def test_ranks_over_a_scope_are_those_of_the_leading_bits():

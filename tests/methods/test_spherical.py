@@ -97,6 +97,13 @@ def test_directions_that_cancel_are_averaged_straight(method, weight, scales):
     np.testing.assert_allclose(merged, np.mean(scales) * at(10), rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_directions_that_cancel_but_for_rounding_are_averaged_straight(method):
+    one = at(10).astype(np.float32)
+    merged = merge_arrays(method, [one, -3 * one], parameters={"weight": 1.0} if method == "multislerp" else {})
+    np.testing.assert_allclose(merged, -one, rtol=1e-5, atol=1e-7)
+
+
 def test_karcher_of_two_is_halfway_and_has_the_mean_length():
     assert polar(merge_arrays("karcher", [at(10, 1), at(80, 3)])) == pytest.approx((45, 2))
 
@@ -139,6 +146,22 @@ def test_model_stock_trusts_the_mean_by_the_angle(degrees, t):
     models = [base + at(0, 0.1), base + at(degrees, 0.2)]
     merged = merge_arrays("model_stock", models, base)
     np.testing.assert_allclose(merged, base + t * (sum(models) / 2 - base), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("filter_wise", [False, True])
+def test_model_stock_does_not_follow_one_model_alone(filter_wise):
+    base = at(77, 5)
+    merged = merge_arrays("model_stock", [base + at(0), base], base, parameters={"filter_wise": filter_wise})
+    assert np.array_equal(merged, base)
+
+
+@pytest.mark.parametrize("filter_wise", [False, True])
+def test_model_stock_of_cancelling_pairs_is_the_base(filter_wise):
+    # N = 3 and a mean cosine of -1/2: the formula's denominator is zero.
+    base = at(77, 5)
+    models = [base + at(degrees) for degrees in (0, 120, 240)]
+    given = {"filter_wise": filter_wise, "clamp": False}
+    np.testing.assert_allclose(merge_arrays("model_stock", models, base, parameters=given), base, atol=1e-12)
 
 
 @pytest.mark.parametrize("filter_wise", [False, True])
