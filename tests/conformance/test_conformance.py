@@ -231,5 +231,10 @@ def test_the_battery_finds_narrow_inputs_that_are_not_widened_first(register, mo
     assert list(failed(register(weighted_sum))) == ["narrow_inputs"]
 
 
+def test_only_what_is_declared_is_tried(register):
+    tried = [check for check, _ in conformance.run_battery(register(takes_the_first, properties=("idempotent",)))]
+    assert set(conformance.CHECKS) - set(tried) == {"symmetric", "translates", "removable"}
+
+
 def test_every_check_is_known_to_fail_where_it_should():
     assert set(conformance.CHECKS) == {check for _, check in BROKEN} | {"narrow_inputs"}

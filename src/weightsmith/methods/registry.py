@@ -52,7 +52,7 @@ class Method:
         check: None, or a function that raises MethodError for parameters that do not go together.
         properties: what the conformance battery may expect: ``idempotent`` (copies of one model give that
             model, weights being equal and normalised), ``symmetric`` (order of models does not matter),
-            ``translates`` (a constant added to base and models is added to the result), ``removable``
+            ``translates`` (a checkpoint added to base and models is added to the result), ``removable``
             (a model of weight 0 has no influence).
         compat: tool name -> parameter values that restore that tool's behaviour.
         example: parameters that show the method at work, for documentation and the battery; per-model ones

@@ -235,7 +235,8 @@ def multislerp(
     lengths, directions = _unit_gram(products, eps)
     length = math.fsum(w * x for w, x in zip(shares, lengths, strict=True))
     size = _length(shares, directions)
-    if not max(eps, _CANCELLED) * math.fsum(map(abs, shares)) < size < math.inf or not length < math.inf:
+    # Not "<=": the length is NaN where an input is not finite, which the straight sum keeps in its place.
+    if not size > max(eps, _CANCELLED) * math.fsum(map(abs, shares)):
         coefficients = shares
     else:
         mean = [w / size for w in shares]
@@ -273,7 +274,8 @@ def karcher(
     start = [1.0 if length > 0 else 0.0 for length in lengths]
     size = _length(start, directions)
     mean = math.fsum(lengths) / count
-    if not _CANCELLED * living < size < math.inf or not mean < math.inf:
+    # As above, NaN included.
+    if not size > _CANCELLED * living:
         return _combine([1.0 / count] * count, block.models)
     point = [s / size for s in start]
     for _ in range(max_iter):
