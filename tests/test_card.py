@@ -29,3 +29,15 @@ def test_hostile_names_and_recipes_stay_text():
     text = card(recipe=f"a: |\n  ```\n  {name!r}\n", models=[name])
     assert set(front(text)) == {"tags", "library_name"}
     assert "````yaml" in text
+
+
+def test_adapters_and_the_models_of_steps_are_named_too():
+    step = "{models: [{model: org/three}], base_model: org/four@main}"
+    text = card(f"steps: {{first: {step}}}\nmodels: [{{model: first}}]\n", models=["first", "org/one+org/lora"])
+    assert sorted(front(text)["base_model"]) == ["org/four", "org/lora", "org/one", "org/three"]
+
+
+def test_a_name_that_is_no_reference_is_text_alone():
+    text = card(models=["a@b@c/d"])
+    assert "base_model" not in front(text)
+    assert "- `a@b@c/d`" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -11,6 +11,7 @@ import yaml
 from weightsmith import __version__
 from weightsmith.checkpoint.hub import is_hub_id
 from weightsmith.checkpoint.reference import parse_reference
+from weightsmith.errors import RecipeError
 
 
 def model_card(
@@ -33,8 +34,7 @@ def model_card(
         config: the result's config.
     """
     front: dict[str, Any] = {"tags": ["weightsmith", "merge"]}
-    hub = [str(parse_reference(model).path) for model in models if "/" in model]
-    hub = [model for model in hub if is_hub_id(model) and not os.path.exists(model)]
+    hub = [found for model in (*models, *_of_steps(recipe)) for found in _hub_ids(model)]
     if hub:
         front["base_model"] = list(dict.fromkeys(hub))
     if config.get("architectures"):
@@ -49,8 +49,34 @@ def model_card(
         "## The recipe\n\n"
         "Kept beside this file as `weightsmith.yaml`; `weightsmith merge weightsmith.yaml OUT` makes the same "
         "weights again.\n\n"
-        f"{fence}yaml\n{recipe}{fence}\n"
+        f"{fence}yaml\n{recipe.rstrip()}\n{fence}\n"
     )
+
+
+def _hub_ids(reference: str) -> Iterator[str]:
+    """Yield the ids on a hub that a reference names: the model's, and its adapter's."""
+    try:
+        parsed = parse_reference(reference)
+    except RecipeError:
+        # A name that was given to a checkpoint in memory.
+        return
+    for part in (parsed, parsed.adapter):
+        if part is not None and "/" in part.path and is_hub_id(part.path) and not os.path.exists(part.path):
+            yield part.path
+
+
+def _of_steps(recipe: str) -> Iterator[str]:
+    """Yield the references in the steps of a pipeline: what the models of its last step were made from."""
+    document = yaml.safe_load(recipe)
+    pending: list[Any] = [document.get("steps")] if isinstance(document, dict) else []
+    while pending:
+        value = pending.pop(0)
+        if isinstance(value, dict):
+            named = [value.get(key) for key in ("model", "base_model")]
+            yield from (one for one in named if isinstance(one, str))
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
 
 
 def _inline(text: str) -> str:

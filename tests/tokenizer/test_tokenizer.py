@@ -91,3 +91,21 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, content):
         read_vocabulary({"tokenizer.json": tmp_path / "tokenizer.json"})
     assert read_vocabulary({}) is None
     assert json.dumps(content)
+
+
+def test_a_template_that_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is no chat template: .*UTF-8"):
+        read_template({"chat_template.jinja": tmp_path / "chat_template.jinja"})
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000])
+def test_a_broken_tokenizer_config_holds_no_template(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    assert read_template({"tokenizer_config.json": tmp_path / "tokenizer_config.json"}) is None
+
+
+def test_a_number_that_is_none_is_no_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": Infinity}}}')
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        read_vocabulary({"tokenizer.json": tmp_path / "tokenizer.json"})

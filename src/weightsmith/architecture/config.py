@@ -7,48 +7,70 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from weightsmith.architecture.stacks import Architecture, Stack
+from weightsmith.architecture.stacks import LAYER_COUNTS, Architecture, Stack
 
-# Keys under which configs count layers. Which one a stack follows is found by its value, and by the part of the
-# config that is about the stack's tower.
-_COUNTS = (
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "num_decoder_layers",
-    "num_encoder_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "depth",
-    "num_blocks",
+# Part of a config -> how the names of its tensors begin. Parts that are not listed go by their own name.
+_TOWERS = {
+    "vision": "vision|visual|image|vit",
+    "text": "text|language|llm",
+    "llm": "text|language|llm",
+    "language": "text|language|llm",
+    "audio": "audio|speech",
+}
+# Parts that speak of the layers of a model that names no tower: the text model is the model itself there.
+_DEFAULT = frozenset({"text", "llm", "language"})
+_APART = re.compile(r"vision|visual|image|audio|speech")
+# A count with such a word in its key is that of a stack with the word in its prefix.
+_QUALIFIERS = ("encoder", "decoder", "single")
+# Lists that may be as long as there are layers by chance alone.
+_NOT_PER_LAYER = re.compile(
+    r"^(architectures|\w*token_ids?|\w*_section|\w*_(mean|std)|\w*labels?|out_features|stage_names)$"
 )
-_TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("vision_config", re.compile(r"vision|visual|image|vit")),
-    ("text_config", re.compile(r"text|language")),
-    ("llm_config", re.compile(r"text|language")),
-    ("audio_config", re.compile(r"audio|speech")),
-    ("encoder", re.compile(r"encoder")),
-    ("decoder", re.compile(r"decoder")),
+# Lists of numbers of layers.
+_NUMBERS = re.compile(r"^(mlp_only_layers|moe_layers|cross_attention_layers|\w+_(idxs|indexes|indices|layer_ids))$")
+# Of those, the ones whose length other weights depend on.
+_TAPS = re.compile(r"^(deepstack|out_)\w+$")
+# Numbers that make every n-th layer another kind.
+_PERIODS = (
+    "sliding_window_pattern",
+    "full_attention_interval",
+    "global_attn_every_n_layers",
+    "attn_layer_period",
+    "expert_layer_period",
+    "decoder_sparse_step",
+    "interleave_moe_layer_step",
+    "moe_layer_freq",
 )
-_HEADS = re.compile(r"^(.*\.)?(lm_head|embed_out|output|cls\.predictions\.decoder|proj_out)\.weight$")
+# Those that have no effect where layer_types lists the kinds.
+_OF_ATTENTION = _PERIODS[:3]
+# Layers that predict further tokens: they lie behind the others, and are counted by themselves.
+_EXTRA = "num_nextn_predict_layers"
+# The output head, under no number; and one table under several names, as T5, BART and their kin keep it.
+_HEAD = re.compile(
+    r"^(?P<outer>([a-z_]+\.)*?)(lm_head|lm_head\.decoder|embed_out|output|output_layer|cls\.predictions\.decoder"
+    r"|proj_out|vocab_projector)\.weight$"
+)
+_SHARED = re.compile(r"^(?P<outer>(model\.)?)(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight$")
+# Embeddings a head may be tied to, the likeliest first.
 _EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight",
-    "transformer.wte.weight",
-    "wte.weight",
-    "gpt_neox.embed_in.weight",
-    "transformer.word_embeddings.weight",
-    "bert.embeddings.word_embeddings.weight",
-    "roberta.embeddings.word_embeddings.weight",
-    "model.tok_embeddings.weight",
-    "model.decoder.embed_tokens.weight",
-    "backbone.embeddings.weight",
-    "shared.weight",
+    "shared",
+    "decoder.embed_tokens",
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "tok_embeddings",
+    "embed_in",
+    "backbone.embeddings",
 )
-# T5 and its kin keep one table under three names.
-_SHARED = re.compile(r"^(encoder|decoder|model\.encoder|model\.decoder)\.embed_tokens\.weight$")
+# Whose configs may leave the tie out, because it is their default: transformers 4 did not write it then.
+_TIED_BY_DEFAULT = re.compile(
+    r"albert|bart|bert|big_bird|bigbird_pegasus|biogpt|blenderbot(-small)?|bloom|camembert|cohere2?|convbert|ctrl"
+    r"|deberta(-v2)?|distilbert|electra|ernie|falcon(_mamba)?|gemma[23]?|gemma3_text|gemma3n(_text)?|gpt-sw3|gpt2"
+    r"|gpt_bigcode|gpt_neo|gpt_neox_japanese|led|lfm2|longformer|longt5|m2m_100|mamba|marian|mbart|mobilebert|modernbert"
+    r"|moonshine|mpnet|mpt|mt5|mvp|openai-gpt|opt|paligemma|pegasus(_x)?|plbart|pop2piano|prophetnet|recurrent_gemma"
+    r"|roberta|roformer|smollm3|speech_to_text|squeezebert|starcoder2|switch_transformers|t5|umt5|whisper|xglm|xlm"
+    r"|xlm-roberta(-xl)?|xlnet|zamba2?"
+)
 
 
 def with_layers(
@@ -59,64 +81,163 @@ def with_layers(
     Args:
         config: the donor's config.
         stack: the donor's stack that was changed.
-        picked: for every new layer, the number of the donor's layer whose settings it takes, counted from 0.
+        picked: for every new layer, the number of the donor's layer whose settings it takes, counted from 0
+            among the layers that are there.
         architecture: the donor's layers.
     """
-    old, new = len(stack.indices), len(picked)
     changed = copy.deepcopy(dict(config))
-    keys = list(_count_keys(changed, stack, old, several=len(architecture.stacks) > 1))
-    if old == new and tuple(picked) == tuple(range(old)):
+    count, span, new = len(stack.indices), stack.indices[-1] + 1, len(picked)
+    if count == span and tuple(picked) == tuple(range(count)):
         return changed, []
+    _tell_apart(changed, architecture)
+    keys = list(_count_keys(changed, stack, architecture))
     notes = []
-    if not keys:
-        notes.append(f"the config has no key with the old number of layers, {old}, so it still says what it said")
+    if not keys and new != count:
+        notes.append(f"the config has no key with the old number of layers, {count}, so it still says what it said")
+    restacked: set[int] = set()
     for holder, key in keys:
-        holder[key] = new
-        for name, value in holder.items():
-            if isinstance(value, list) and len(value) == old:
-                holder[name] = [value[i] if i < old else value[-1] for i in picked]
-        if isinstance(holder.get("max_window_layers"), int):
-            holder["max_window_layers"] = min(holder["max_window_layers"], new)
-    return changed, notes
+        old = holder[key]
+        apart = old not in (count, span)
+        if id(holder) not in restacked:
+            # Numbers as the config counts: it may still count layers that were pruned away.
+            sources = [stack.indices[rank] if old == span and rank < count else rank for rank in picked]
+            notes += _restack(holder, old, sources)
+            notes += _restack_ends(holder, old, sources, _ENDS if apart else _ENDS[:1])
+            restacked.add(id(holder))
+        holder[key] = new - holder[_EXTRA] if apart else new
+    return changed, list(dict.fromkeys(notes))
+
+
+def _tell_apart(config: dict[str, Any], architecture: Architecture) -> None:
+    """Write out the decoder's count where the encoder's stands for both, as in T5's first configs."""
+    both = all(any(word in one.prefix for one in architecture.stacks) for word in ("encoder", "decoder"))
+    if both and isinstance(config.get("num_layers"), int) and "decoder_layers" not in config:
+        config.setdefault("num_decoder_layers", config["num_layers"])
 
 
 def _count_keys(
-    config: dict[str, Any], stack: Stack, count: int, *, several: bool
+    config: dict[str, Any], stack: Stack, architecture: Architecture
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Find the keys that count a stack's layers: in its tower's part of the config first, else at the top."""
-    for part, pattern in _TOWERS:
-        holder = config.get(part)
-        if isinstance(holder, dict) and pattern.search(stack.prefix):
-            found = [key for key in _COUNTS if holder.get(key) == count]
-            if found:
-                yield from ((holder, key) for key in found)
-                return
-    found = [key for key in _COUNTS if config.get(key) == count]
-    if several:
-        wanted = "decoder" if "decoder" in stack.prefix else "encoder" if "encoder" in stack.prefix else ""
-        own = [key for key in found if wanted and wanted in key]
-        others = [key for key in found if "coder" not in key]
-        found = own or others
-    yield from ((config, key) for key in found)
-    for part in ("text_config", "llm_config"):
-        holder = config.get(part)
-        if not found and isinstance(holder, dict):
-            yield from ((holder, key) for key in _COUNTS if holder.get(key) == count)
+    """Find the keys that count a stack's layers: by their value, in the part of the config that is nearest."""
+    sizes = {len(stack.indices), stack.indices[-1] + 1}
+    several = len(architecture.stacks) > 1
+    holders = list(_holders(config, stack.prefix))
+    if _APART.search(stack.prefix) and any(depth for (depth, _), _ in holders):
+        # The count of another tower may have the same value.
+        holders = [(fitness, holder) for fitness, holder in holders if fitness[0]]
+    found = []
+    for fitness, holder in holders:
+        extra = holder.get(_EXTRA)
+        keys = [key for key in LAYER_COUNTS if _is_count(holder.get(key), sizes, extra)]
+        if several:
+            keys = _qualified(keys, stack.prefix)
+        if keys:
+            found.append((fitness, holder, keys))
+    best = max((fitness for fitness, _, _ in found), default=None)
+    for fitness, holder, keys in found:
+        if fitness == best:
+            yield from ((holder, key) for key in keys)
+
+
+def _is_count(value: object, sizes: set[int], extra: object) -> bool:
+    if type(value) is not int:
+        return False
+    return value in sizes or (type(extra) is int and value + extra in sizes)
+
+
+def _qualified(keys: Sequence[str], prefix: str) -> list[str]:
+    """Keep the keys whose words are the stack's, or else those that have none."""
+
+    def words(text: str) -> set[str]:
+        return {word for word in _QUALIFIERS if word in text}
+
+    own = [key for key in keys if words(key) & words(prefix)]
+    return own or [key for key in keys if not words(key)]
+
+
+def _holders(config: dict[str, Any], prefix: str) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Yield the parts of a config that may be about a stack, with how well they fit; the whole fits least."""
+
+    def visit(holder: dict[str, Any], depth: int, earliest: int) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+        yield (depth, -earliest), holder
+        for part, value in holder.items():
+            if not isinstance(value, dict):
+                continue
+            stem = part.removesuffix("_config")
+            match = re.search(_TOWERS.get(stem, re.escape(stem)), prefix)
+            if match:
+                yield from visit(value, depth + 1, match.start())
+            elif stem in _DEFAULT:
+                yield from visit(value, depth, earliest)
+
+    yield from visit(config, 0, 0)
+
+
+def _restack(holder: dict[str, Any], count: int, sources: Sequence[int]) -> list[str]:
+    """Put the settings that a config keeps per layer into the new order, and say which it cannot express."""
+    notes = []
+    for name, value in holder.items():
+        if isinstance(value, list) and _NUMBERS.match(name) and _are_numbers(value):
+            if _TAPS.match(name):
+                notes.append(f"{name} names layers by their number, and was left as it is")
+            else:
+                holder[name] = [number for number, source in enumerate(sources) if source in value]
+        elif isinstance(value, list) and len(value) == count > 0 and not _NOT_PER_LAYER.match(name):
+            holder[name] = [value[min(source, count - 1)] for source in sources]
+    if isinstance(holder.get("max_window_layers"), int):
+        holder["max_window_layers"] = min(holder["max_window_layers"], len(sources))
+    for name in _PERIODS:
+        period = holder.get(name)
+        moot = name in _OF_ATTENTION and "layer_types" in holder
+        if isinstance(period, int) and period > 1 and not moot and any((s - i) % period for i, s in enumerate(sources)):
+            notes.append(f"{name}: {period} makes layers differ by their number, and some have another number now")
+    return notes
+
+
+def _are_numbers(value: list[Any]) -> bool:
+    return all(type(entry) is int for entry in value) and value == sorted(set(value))
+
+
+# Counts of layers at an end that are of another kind than the rest -> whether they come first.
+_ENDS = (("first_k_dense_replace", True), (_EXTRA, False))
+
+
+def _restack_ends(
+    holder: dict[str, Any], count: int, sources: Sequence[int], ends: Sequence[tuple[str, bool]]
+) -> list[str]:
+    """Count anew the layers of another kind at either end, and say so if they do not lie at the end any more."""
+    notes = []
+    for name, first in ends:
+        special = holder.get(name)
+        if not isinstance(special, int) or special < 1:
+            continue
+        kinds = [source < special if first else count <= source < count + special for source in sources]
+        if kinds != sorted(kinds, reverse=first):
+            end = "first" if first else "last"
+            notes.append(f"{name}: {special} counts {end} layers of another kind, and they are not the {end} any more")
+        holder[name] = sum(kinds)
+    return notes
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the config with the dtype of its weights, under whichever of the two keys it uses.
 
-    transformers wrote ``torch_dtype`` until its version 5, and reads both.
+    transformers wrote ``torch_dtype`` until its version 5, and reads both. Parts of the config say it only
+    where they did. diffusers writes neither, and takes an unknown key for a mistake.
     """
-    changed = dict(config)
-    keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]
-    for key in keys:
-        changed[key] = name
-    for part, value in changed.items():
-        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            changed[part] = with_dtype(value, name)
+    changed = _dtype_in(config, name)
+    if not {"dtype", "torch_dtype", "_class_name"} & set(config):
+        changed["torch_dtype"] = name
     return changed
+
+
+def _dtype_in(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    parts = {
+        part: _dtype_in(value, name)
+        for part, value in config.items()
+        if isinstance(value, dict) and part != "quantization_config"
+    }
+    return {**config, **parts, **{key: name for key in ("dtype", "torch_dtype") if key in config}}
 
 
 def tied_embeddings(config: Mapping[str, Any]) -> bool:
@@ -126,12 +247,8 @@ def tied_embeddings(config: Mapping[str, Any]) -> bool:
     if own is None and isinstance(text, Mapping):
         own = text.get("tie_word_embeddings")
     if own is None:
-        # What these leave out because it is their default.
-        own = config.get("model_type") in _TIED_BY_DEFAULT
+        own = _TIED_BY_DEFAULT.fullmatch(str(config.get("model_type")))
     return bool(own)
-
-
-_TIED_BY_DEFAULT = frozenset({"gpt2", "bert", "roberta", "t5", "bart", "gemma", "gemma2", "distilbert", "albert"})
 
 
 def untie(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +267,14 @@ def tied_source(name: str, names: Iterable[str]) -> str | None:
         name: the name of the missing tensor, such as ``lm_head.weight``.
         names: the names that the model has.
     """
-    if _HEADS.match(name) is None and _SHARED.match(name) is None:
+    match = _SHARED.match(name) or _HEAD.match(name)
+    if match is None:
         return None
-    known = names if isinstance(names, Mapping) else set(names)
-    return next((embedding for embedding in _EMBEDDINGS if embedding in known and embedding != name), None)
+    outer = match["outer"]
+    inside = [one for one in names if one.startswith(outer) and one.endswith(".weight") and one != name]
+    for embedding in _EMBEDDINGS:
+        ending = f"{embedding}.weight"
+        for one in inside:
+            if one == ending or one.endswith(f".{ending}"):
+                return one
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from weightsmith.architecture.stacks import analyse
@@ -24,8 +25,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "decoder": ("decoder.", "model.decoder."),
     "shared": ("shared.",),
 }
-# Where models of one kind hide the same tensors.
-_WRAPPERS = ("", "model.", "transformer.", "text_model.", "language_model.", "language_model.model.", "bert.", "vit.")
+# Models whose text tower is not wrapped (the first Qwen2-VL layout): layers right under ``model`` are the text's.
+_UNWRAPPED = {"text_decoder": "model.", "language_model": "model."}
 
 
 def tower(names: Iterable[str], module: str) -> str:
@@ -40,41 +41,63 @@ def tower(names: Iterable[str], module: str) -> str:
         PlanError: if no tensor lies under any such prefix; the prefixes that hold layers are listed.
     """
     names = tuple(names)
-    for prefix in (*_MODULES.get(module, ()), module if module.endswith((".", "/")) else f"{module}."):
+    plain = [module] if module.endswith((".", "/")) else [f"{module}.", f"{module}/"]
+    for prefix in (*_MODULES.get(module, ()), *plain):
         if any(name.startswith(prefix) for name in names):
             return prefix
-    component = f"{module}/"
-    if any(name.startswith(component) for name in names):
-        return component
-    known = ", ".join(sorted({stack.prefix.rsplit(".", 1)[0] for stack in analyse(names).stacks})) or "none"
+    unwrapped = _UNWRAPPED.get(module)
+    if unwrapped and f"{unwrapped}layers" in {stack.prefix for stack in analyse(names).stacks}:
+        return unwrapped
     raise PlanError(
-        f"there is no module {module!r}: no tensor's name begins with it; parts that hold layers are: {known}. "
-        "Give the module's prefix"
+        f"there is no module {module!r}: no tensor's name begins with it; parts that hold layers are: "
+        f"{_parts(names)}. Give the module's prefix"
     )
 
 
 def match_tower(prefix: str, names: Sequence[str], other: Iterable[str], reference: str) -> str:
-    """Return the prefix under which another model keeps the tensors of a module.
+    """Return the prefix under which another model keeps the tensors of a module: the one that fits most names.
 
     Args:
-        prefix: the module's prefix in the output.
+        prefix: the module's prefix in the output; of prefixes that fit equally well it is preferred.
         names: the module's names without it.
         other: the other model's names.
         reference: how a person names the other model, for errors.
 
     Raises:
-        PlanError: if no prefix of the other model matches any name.
+        PlanError: if no prefix of the other model fits any name, or several fit equally well.
     """
-    theirs = set(other)
-    candidates = dict.fromkeys([prefix, *_WRAPPERS])
-    # Wherever the other model has a name that ends as one of ours does, what stands before is a candidate.
-    probe = next((name for name in names if analyse([name]).stacks), names[0] if names else "")
-    candidates |= dict.fromkeys(name.removesuffix(probe) for name in theirs if probe and name.endswith(probe))
-    scores = {candidate: sum(candidate + name in theirs for name in names) for candidate in candidates}
-    best = max(scores, key=lambda candidate: scores[candidate])
-    if scores[best] == 0:
+    other = tuple(other)
+    scores = _fits(names, other)
+    best = [candidate for candidate, score in scores.items() if score == max(scores.values())]
+    if prefix in best:
+        return prefix
+    if not best:
         raise PlanError(
             f"no tensor of {reference} matches the module under {prefix!r}, as {names[0] if names else '?'}; "
-            "say with prefix: what the names begin with in that model"
+            f"its parts that hold layers are: {_parts(other)}. "
+            "Say with prefix: what the names begin with in that model"
         )
-    return best
+    if len(best) > 1:
+        shown = ", ".join(map(repr, best[:6])) + (" …" if len(best) > 6 else "")
+        raise PlanError(
+            f"{reference} has {len(best)} parts that match the module under {prefix!r} equally well: "
+            f"{shown}; say with prefix: which one is meant"
+        )
+    return best[0]
+
+
+def _fits(names: Iterable[str], other: Iterable[str]) -> Counter[str]:
+    """Count, for every prefix in the other model, the module's names that follow it there."""
+    wanted = frozenset(names)
+    scores: Counter[str] = Counter()
+    for name in other:
+        cuts = [0, *(i + 1 for i, letter in enumerate(name) if letter in "./")]
+        scores.update(name[:cut] for cut in cuts if name[cut:] in wanted)
+    return scores
+
+
+def _parts(names: Iterable[str]) -> str:
+    return (
+        ", ".join(sorted({stack.prefix.rpartition(".")[0] or stack.prefix for stack in analyse(names).stacks}))
+        or "none"
+    )

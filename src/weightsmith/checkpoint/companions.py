@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from weightsmith.errors import CheckpointError, UnsafeFileError
+
 _TOKENIZER = re.compile(
-    r"^(tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\..*"
-    r"|additional_chat_templates/.*|spiece\.model|sentencepiece.*|tekken\.json|.*\.tiktoken|normalizer\.json)$"
+    r"^(tokenizer.*|vocab[.-].*|.*\.vocab|merges\.txt|bpe\.codes|special_tokens_map\.json|added_tokens\.json"
+    r"|chat_template\..*|additional_chat_templates/.*|spiece\.model|sentencepiece.*|spm\.model|.*\.spm|tekken\.json"
+    r"|.*\.tiktoken|normalizer\.json)$"
 )
+_CODE = (".py", ".pyc", ".so", ".sh", ".dll", ".dylib", ".exe")
+_LARGEST = 512_000_000
 
 
 def tokenizer_files(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -27,32 +34,86 @@ def other_files(files: Mapping[str, Path]) -> dict[str, Path]:
 
 def write_companions(
     folder: Path, config: Mapping[str, Any], files: Mapping[str, Path], *, chat_template: str | None = None
-) -> None:
+) -> list[str]:
     """Write config and companion files into an output folder.
 
     Args:
         folder: the output.
         config: what ``config.json`` is to say; an empty one is not written.
-        files: relative path -> file to copy; links are followed, and their content copied.
+        files: relative path -> file to copy; links are followed, and their content copied. Code is left out.
         chat_template: a template to put in place of the tokenizer's own, or None.
+
+    Returns:
+        What a person should know of what was written.
+
+    Raises:
+        UnsafeFileError: if a path leads out of the folder, or a file is none: a pipe, say, or a device.
+        CheckpointError: if a file is gone, cannot be read or has more than 512 MB.
     """
+    notes = []
     if config:
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / "config.json").write_text(_json(config), "utf-8")
+        if config.get("auto_map"):
+            notes.append(
+                "config.json names code of its model in auto_map; code is never copied, so the result loads only "
+                "where that code is at hand"
+            )
     for name, source in files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        if not name.lower().endswith(_CODE):
+            _copy(source, folder, name)
     if chat_template is not None:
-        _put_template(folder, chat_template)
+        notes += _put_template(folder, chat_template)
+    return notes
 
 
-def _put_template(folder: Path, template: str) -> None:
-    """Write the template where it is read first, and take it out where an older one would contradict it."""
+def _copy(source: Path, folder: Path, name: str) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name or not relative.parts:
+        raise UnsafeFileError(f"{name!r} cannot be the name of a file beside the weights: it leads out of the folder")
+    target = folder / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Opened first and looked at then, so that what is copied is what was looked at; a pipe must not block.
+        with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
+            facts = os.fstat(opened.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnsafeFileError(f"{source} is no regular file, so it cannot be copied beside the weights")
+            if facts.st_size > _LARGEST:
+                raise CheckpointError(f"{source} has {facts.st_size:,} bytes; at most {_LARGEST:,} are copied")
+            with open(target, "wb") as written:
+                shutil.copyfileobj(opened, written)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{source} was there when its model was opened, and is gone") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
+
+
+def _put_template(folder: Path, template: str) -> list[str]:
+    """Write the template where it is read first, and put it where an older one would contradict it."""
     (folder / "chat_template.jinja").write_text(template, "utf-8")
     (folder / "chat_template.json").unlink(missing_ok=True)
     settings = folder / "tokenizer_config.json"
-    if settings.exists():
+    if not settings.exists():
+        return []
+    try:
         content = json.loads(settings.read_bytes())
-        # Readers from before the file of its own look here.
-        content["chat_template"] = template
-        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        # Everything else is written by now: not worth losing a finished merge.
+        return ["tokenizer_config.json is no JSON object, so the chat template is in chat_template.jinja alone"]
+    # Readers from before the file of its own look here. Templates for other uses (tools, say) stay.
+    content["chat_template"] = _replaced(content.get("chat_template"), template)
+    settings.write_text(_json(content), "utf-8")
+    return []
+
+
+def _replaced(own: Any, template: str) -> Any:
+    if not isinstance(own, list):
+        return template
+    others = [entry for entry in own if isinstance(entry, dict) and entry.get("name") != "default"]
+    return [{"name": "default", "template": template}, *others]
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import PlanError, did_you_mean
+from weightsmith.errors import CheckpointError, PlanError, did_you_mean
+
+_LARGEST = 16_000_000
 
 _ALPACA = (
     "{% for message in messages %}"
@@ -85,9 +87,20 @@ def read_template(files: Mapping[str, Path]) -> str | None:
 
     Args:
         files: a checkpoint's companion files by name.
+
+    Raises:
+        CheckpointError: if ``chat_template.jinja`` cannot be a template. Other files that cannot be read are
+            taken to hold none.
     """
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text("utf-8")
+    jinja = files.get("chat_template.jinja")
+    if jinja is not None:
+        content = _content(jinja)
+        if content is None:
+            raise CheckpointError(f"{jinja} is no chat template: it has more than {_LARGEST:,} bytes")
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{jinja} is no chat template: it is not a text in UTF-8") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         if name in files:
             template = _json(files[name]).get("chat_template")
@@ -102,7 +115,11 @@ def read_template(files: Mapping[str, Path]) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
+        found = json.loads(_content(path) or b"{}")
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.stat().st_size <= _LARGEST else None

@@ -33,7 +33,7 @@ def read_vocabulary(files: Mapping[str, Path]) -> dict[str, int] | None:
         content = json.loads(path.read_bytes())
         found = _vocabulary(content["model"].get("vocab") or {})
         found |= {entry["content"]: int(entry["id"]) for entry in content.get("added_tokens") or []}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from error
     return found
 
