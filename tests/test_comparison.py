@@ -50,6 +50,13 @@ def test_layers_and_the_whole_add_up(write_model):
     assert list(found.layers)[-1] == "model.norm.weight"
 
 
+@pytest.mark.parametrize("layer", ["model.layers.0", "unet/0", "0"])
+def test_layers_are_named_as_their_tensors_are(tmp_path, layer):
+    write_safetensors(tmp_path / "a.safetensors", {f"{layer}.attn.weight": np.ones(3, np.float32)})
+    found = ws.diff(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+    assert list(found.layers) == [layer]
+
+
 def test_what_is_on_one_side_only_is_listed(write_model):
     a, b = llama_tensors(0), llama_tensors(0)
     del b["model.norm.weight"]

@@ -132,7 +132,7 @@ def compare(one: Checkpoint, other: Checkpoint, *, threads: int | None = None) -
     groups: dict[str, list[_Sums]] = {}
     for name, sums in per_tensor.items():
         place = architecture.locate(name)
-        key = name if place is None else f"{place.stack.prefix}.{place.index}".lstrip(".")
+        key = name if place is None else place.stack.name(place.index, "")
         groups.setdefault(key, []).append(sums)
     return Comparison(
         tensors={name: _measures(sums) for name, sums in per_tensor.items()},
