@@ -46,6 +46,18 @@ def test_merge_by_flags_and_by_the_recipe_it_prints_are_the_same(run, folders, t
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
+def test_every_warning_is_told_once_whether_planning_or_writing_found_it(run, write_model, tmp_path):
+    config = {"model_type": "own", "num_hidden_layers": 2, "auto_map": {"AutoModel": "modeling_own.Own"}}
+    a = write_model("a", llama_tensors(0), config)
+    b = write_model("b", llama_tensors(1) | {"extra.weight": np.ones(3, np.float32)}, config)
+    text = f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\nparameters: {{weight: 1}}\n"
+    (tmp_path / "r.yaml").write_text(text + "on_missing: skip\n")
+    _, _, err = run("merge", tmp_path / "r.yaml", tmp_path / "out")
+    warned = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert ["left out" in warned[0], "auto_map" in warned[1], len(warned)] == [True, True, 2]
+    assert "warning" not in run("merge", tmp_path / "r.yaml", tmp_path / "quiet", "--quiet")[2]
+
+
 def test_variables_are_set_on_the_command_line(run, folders, tmp_path):
     (tmp_path / "r.yaml").write_text(
         f"variables: {{t: 0}}\nmerge_method: slerp\nbase_model: {folders[0]}\nmodels: [{{model: {folders[1]}}}]\n"

@@ -311,6 +311,18 @@ def test_the_output_says_what_it_was_made_from(write_model, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
+def test_what_comes_up_as_companions_are_written_is_among_the_warnings_of_the_run(write_model, tmp_path):
+    config = {"model_type": "own", "num_hidden_layers": 2, "auto_map": {"AutoModel": "modeling_own.Own"}}
+    a, b = models(write_model, {}, {"extra.weight": np.ones(3, np.float32)}, config=config)
+    merged = ws.merge("linear", [a, b], weight=1.0, on_missing="skip")
+    assert len(merged.warnings) == 1
+    summary = merged.save(tmp_path / "out")
+    assert summary.warnings[0] == merged.warnings[0]
+    assert [text for text in summary.warnings[1:] if "names code of its model in auto_map" in text]
+    assert len(summary.warnings) == 2
+    assert merged.save(tmp_path / "one.safetensors").warnings == merged.warnings
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float64"])
 def test_any_floating_dtype_can_be_written(write_model, tmp_path, dtype):
     a, b = models(write_model, {}, {})

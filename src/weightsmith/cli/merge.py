@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,8 +68,8 @@ def command(
     if dry_run:
         show_plan(merged.plan(shard_size=shard_size), threads=threads, as_json=False, tensors=False)
         return
-    for warning in merged.warnings if not quiet else ():
-        _say(json_log, event="warning", text=f"warning: {warning}")
+    if not quiet:
+        _warn(merged.warnings, json_log)
     summary = merged.save(
         paths[-1],
         shard_size=shard_size,
@@ -78,6 +79,7 @@ def command(
         progress=_listener(quiet=quiet, json_log=json_log),
     )
     if not quiet:
+        _warn([warning for warning in summary.warnings if warning not in merged.warnings], json_log)
         _report(summary, json_log)
 
 
@@ -89,6 +91,11 @@ def _listener(*, quiet: bool, json_log: bool) -> ProgressListener:
     if quiet:
         return progress.Silent()
     return progress.Live() if sys.stderr.isatty() else progress.Lines()
+
+
+def _warn(warnings: Iterable[str], json_log: bool) -> None:
+    for warning in warnings:
+        _say(json_log, event="warning", text=f"warning: {warning}")
 
 
 def _report(summary: Summary, json_log: bool) -> None:

@@ -59,7 +59,7 @@ class Summary:
         nbytes: bytes of its weights.
         seconds: wall time.
         nonfinite: where NaN and infinity were met.
-        warnings: what a person should know.
+        warnings: what a person should know: what the plan said, and what came up as files were written.
     """
 
     target: Path

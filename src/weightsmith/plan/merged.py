@@ -148,8 +148,7 @@ class LazyCheckpoint(Checkpoint):
                 )
             finally:
                 journal.close()
-            if not single:
-                self._write_beside(staging.content, plan)
+            notes = [] if single else self._write_beside(staging.content, plan)
             staging.publish()
         return Summary(
             target=path,
@@ -158,16 +157,18 @@ class LazyCheckpoint(Checkpoint):
             nbytes=plan.bytes_written,
             seconds=time.monotonic() - started,
             nonfinite=nonfinite,
-            warnings=plan.warnings,
+            warnings=tuple(dict.fromkeys((*plan.warnings, *notes))),
         )
 
-    def _write_beside(self, folder: Path, plan: Plan) -> None:
+    def _write_beside(self, folder: Path, plan: Plan) -> list[str]:
+        """Write everything but the weights, and return what a person should know of it."""
         for name, index in plan.layout.indexes.items():
             (folder / name).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        write_companions(folder, self.config, self.beside.files, chat_template=self.beside.chat_template)
+        notes = write_companions(folder, self.config, self.beside.files, chat_template=self.beside.chat_template)
         (folder / RECIPE_FILE).write_text(plan.recipe, "utf-8")
         if self.beside.card is not None:
             (folder / "README.md").write_text(self.beside.card, "utf-8")
+        return notes
 
     def _check_not_input(self, target: Path) -> None:
         real = os.path.realpath(target)
