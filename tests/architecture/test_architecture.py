@@ -215,5 +215,4 @@ def test_dtype_and_ties():
     assert not configs.tied_embeddings({"model_type": "gpt2", "tie_word_embeddings": False})
     assert not configs.tied_embeddings(configs.untie({"model_type": "gpt2"}))
     assert configs.tied_source("lm_head.weight", ["model.embed_tokens.weight"]) == "model.embed_tokens.weight"
-    assert configs.tied_source("encoder.embed_tokens.weight", ["shared.weight"]) == "shared.weight"
     assert configs.tied_source("model.norm.weight", ["model.embed_tokens.weight"]) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weightsmith.architecture.config import tied_embeddings, tied_source, with_dtype, with_layers
+from weightsmith.architecture.config import alias_source, tied_embeddings, tied_source, with_dtype, with_layers
 from weightsmith.architecture.stacks import analyse
 
 
@@ -149,14 +149,26 @@ def test_the_dtype_goes_where_the_config_keeps_it():
         ("language_model.lm_head.weight", ["draft.embed_tokens.weight", "language_model.model.embed_tokens.weight"],
          "language_model.model.embed_tokens.weight"),
         ("output.weight", ["model.tok_embeddings.weight"], "model.tok_embeddings.weight"),
-        ("shared.weight", ["encoder.embed_tokens.weight"], "encoder.embed_tokens.weight"),
-        ("model.encoder.embed_tokens.weight", ["model.shared.weight"], "model.shared.weight"),
         ("model.layers.3.attn.output.weight", ["model.embed_tokens.weight"], None),
         ("lm_head.weight", ["model.norm.weight"], None),
     ],
 )  # fmt: skip
 def test_a_missing_head_is_the_embedding_it_is_tied_to(missing, present, source):
     assert tied_source(missing, present) == source
+
+
+@pytest.mark.parametrize(
+    ("missing", "present", "source"),
+    [
+        ("shared.weight", ["encoder.embed_tokens.weight"], "encoder.embed_tokens.weight"),
+        ("encoder.embed_tokens.weight", ["decoder.embed_tokens.weight", "shared.weight"], "shared.weight"),
+        ("model.decoder.embed_tokens.weight", ["model.shared.weight"], "model.shared.weight"),
+        ("model.decoder.embed_tokens.weight", ["shared.weight", "model.embed_tokens.weight"], None),
+        ("lm_head.weight", ["shared.weight"], None),
+    ],
+)
+def test_the_table_that_encoder_and_decoder_share_goes_by_several_names(missing, present, source):
+    assert alias_source(missing, present) == source
 
 
 def test_ties_that_configs_leave_out_are_known():

@@ -102,6 +102,23 @@ def test_a_tied_head_stands_in_for_a_missing_one_and_the_config_is_untied(write_
     assert "lm_head.weight" not in ws.average([a, a])
 
 
+def test_an_untied_t5_merges_whatever_names_its_table_has(write_model):
+    config = {"model_type": "t5", "tie_word_embeddings": False, "num_layers": 1}
+    rng = np.random.default_rng(0)
+    one, other = ({n: rng.standard_normal((4, 2)) for n in ("shared.weight", "lm_head.weight")} for _ in range(2))
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    a = write_model("a", one, config)
+    b = write_model("b", other | dict.fromkeys(names, other["shared.weight"]), config)
+    merged = ws.average([a, b])
+    expected = (one["shared.weight"] + other["shared.weight"]) / 2
+    for name in ("shared.weight", *names):
+        np.testing.assert_allclose(merged[name].numpy(), expected, rtol=1e-12)
+    assert merged.config["tie_word_embeddings"] is False
+    headless = write_model("headless", {"shared.weight": one["shared.weight"]}, config)
+    with pytest.raises(PlanError, match="lm_head.weight is in b but not in headless"):
+        ws.average([headless, b])
+
+
 @pytest.mark.parametrize(
     ("method", "count", "base", "parameters", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weightsmith.architecture.stacks import LAYER_COUNTS, Architecture, Stack
@@ -45,12 +45,13 @@ _PERIODS = (
 _OF_ATTENTION = _PERIODS[:3]
 # Layers that predict further tokens: they lie behind the others, and are counted by themselves.
 _EXTRA = "num_nextn_predict_layers"
-# The output head, under no number; and one table under several names, as T5, BART and their kin keep it.
+# The output head, under no number.
 _HEAD = re.compile(
     r"^(?P<outer>([a-z_]+\.)*?)(lm_head|lm_head\.decoder|embed_out|output|output_layer|cls\.predictions\.decoder"
     r"|proj_out|vocab_projector)\.weight$"
 )
-_SHARED = re.compile(r"^(?P<outer>(model\.)?)(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight$")
+# One table under several names, as T5, BART and their kin keep it.
+_SHARED = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
 # Embeddings a head may be tied to, the likeliest first.
 _EMBEDDINGS = (
     "shared",
@@ -260,14 +261,31 @@ def untie(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def alias_source(name: str, names: Container[str]) -> str | None:
+    """Return the tensor that a missing one is another name of, or None.
+
+    Encoder and decoder of T5, BART and their kin look tokens up in one table, which files hold under any of its
+    names. That is so whatever the config ties: it speaks of the head alone.
+
+    Args:
+        name: the name of the missing tensor, such as ``encoder.embed_tokens.weight``.
+        names: the names that the model has.
+    """
+    for outer in ("", "model."):
+        aliases = [outer + alias for alias in _SHARED]
+        if name in aliases:
+            return next((alias for alias in aliases if alias in names and alias != name), None)
+    return None
+
+
 def tied_source(name: str, names: Iterable[str]) -> str | None:
-    """Return the tensor that a missing one is tied to, or None.
+    """Return the embeddings that a missing head is tied to, or None.
 
     Args:
         name: the name of the missing tensor, such as ``lm_head.weight``.
         names: the names that the model has.
     """
-    match = _SHARED.match(name) or _HEAD.match(name)
+    match = _HEAD.match(name)
     if match is None:
         return None
     outer = match["outer"]

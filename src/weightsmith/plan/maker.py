@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith import dtypes
-from weightsmith.architecture.config import tied_embeddings, tied_source
+from weightsmith.architecture.config import alias_source, tied_embeddings, tied_source
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
@@ -106,13 +106,14 @@ class Maker:
 
     def _find(self, one: Contribution) -> Tensor | None:
         checkpoint = one.model.checkpoint
-        tensor = checkpoint.get(one.tensor)
-        if tensor is None and tied_embeddings(checkpoint.config):
+        if one.tensor in checkpoint:
+            return checkpoint[one.tensor]
+        source = alias_source(one.tensor, checkpoint)
+        if source is None and tied_embeddings(checkpoint.config):
             source = tied_source(one.tensor, checkpoint)
             if source is not None:
                 self.untied.add(one.tensor)
-                tensor = checkpoint[source]
-        return tensor
+        return None if source is None else checkpoint[source]
 
     def _incomplete(
         self,
