@@ -192,6 +192,19 @@ def test_every_layered_tensor_is_put_back_together_from_its_place(model):
     assert sorted(members) == sorted(name for name, place in places.items() if place)
 
 
+@pytest.mark.parametrize(
+    ("names", "main"),
+    [
+        (decoder("model.", 4) + expand("mtp.layers.<2>.mlp.up_proj.weight", "mtp.fc.weight"), ["model.layers"]),
+        (decoder("model.", 4) + expand("model.mtp_layers.<1>.mlp.up_proj.weight"), ["model.layers"]),
+        (T5, ["encoder.block", "decoder.block"]),
+        (expand("mtp.layers.<2>.mlp.up_proj.weight"), ["mtp.layers"]),
+    ],
+)
+def test_stacks_that_only_predict_further_tokens_are_no_main_ones(names, main):
+    assert [stack.prefix for stack in analyse(names).main] == main
+
+
 SENTENCES = expand("0.auto_model.encoder.layer.<12>.attention.self.query.weight")
 
 

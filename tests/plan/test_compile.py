@@ -255,6 +255,26 @@ def test_slices_pick_layers_and_the_ends_come_from_the_first_and_last_slice(writ
     assert any("no key with the old number of layers" in text for text in merged.warnings)
 
 
+@pytest.mark.parametrize("layer", ["mtp.layers.0", "model.mtp_layers.0"])
+def test_multi_token_prediction_layers_come_from_the_last_slice_as_the_head_does(write_model, layer):
+    names = [f"{layer}.mlp.up_proj.weight", f"{layer}.embed_tokens.weight", "mtp.fc.weight"]
+    further = [{name: np.full(3, i, np.float32) for name in names} for i in range(2)]
+    config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "layer_types": ["full", "linear"]}
+    a, b = models(write_model, *further, config=config)
+    merged = ws.merge_recipe(
+        f"merge_method: passthrough\nslices:\n- sources: [{{model: {a}, layer_range: [0, 2]}}]\n"
+        f"- sources: [{{model: {b}, layer_range: [1, 2]}}]\n"
+    )
+    found = {name: merged[name].numpy() for name in merged}
+    assert np.array_equal(
+        found["model.layers.2.mlp.up_proj.weight"], llama_tensors(1)["model.layers.1.mlp.up_proj.weight"]
+    )
+    assert all(np.array_equal(found[name], further[1][name]) for name in names)
+    assert len([name for name in found if "mtp" in name]) == len(names)
+    layers = {"num_hidden_layers": 3, "layer_types": ["full", "linear", "linear"]}
+    assert {key: merged.config[key] for key in config} == {**config, **layers}
+
+
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [

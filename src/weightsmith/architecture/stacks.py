@@ -41,7 +41,10 @@ _BEFORE = re.compile(
     r"|(^|[./])(\w+_in)([./]|$)"
 )
 # … but these come after the last whatever else their names say.
-_AFTER = re.compile(r"(^|[./])(mtp\w*|lm_head|emb\w*_out)([./]|$)")
+_MTP = r"mtp\w*"
+_AFTER = re.compile(rf"(^|[./])({_MTP}|lm_head|emb\w*_out)([./]|$)")
+# Stacks behind another, which predict further tokens from what its last layer gives.
+_PREDICTION = re.compile(rf"(^|[./]){_MTP}([./]|$)")
 _ATTENTION = r"(attn|attention|Attention)[\w.]*\."
 _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (role, re.compile(pattern))
@@ -110,6 +113,11 @@ class Architecture:
 
     stacks: tuple[Stack, ...]
     _names: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def main(self) -> tuple[Stack, ...]:
+        """The stacks without those that only predict further tokens (multi-token prediction), if there are others."""
+        return tuple(stack for stack in self.stacks if not _PREDICTION.search(stack.prefix)) or self.stacks
 
     @cached_property
     def _by_prefix(self) -> dict[str, Stack]:

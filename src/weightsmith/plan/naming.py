@@ -141,7 +141,7 @@ def _name_slices(
     def of(model: Model) -> tuple[Architecture, Stack]:
         if id(model) not in architectures:
             found = analyse(part.seen(model), model.checkpoint.config)
-            architectures[id(model)] = (found, _only_stack(found, model, part.module))
+            architectures[id(model)] = (found, _main_stack(found, model, part.module))
         return architectures[id(model)]
 
     _, donor_stack = of(part.donor)
@@ -229,9 +229,14 @@ def _outside(
     before: bool,
 ) -> list[Slot]:
     """Return the slots of the tensors before the first layer, or of those after the last."""
-    models = [model for model, _ in sources]
-    everyone = list(dict.fromkeys([*([base] if base else []), *models]))
-    names = union(*({n: 0 for n in part.seen(m) if of(m)[0].locate(n) is None} for m in everyone))
+
+    def outside(model: Model) -> dict[str, str]:
+        architecture, stack = of(model)
+        places = {name: architecture.locate(name) for name in part.seen(model)}
+        return {name: name for name, place in places.items() if place is None or place.stack != stack}
+
+    everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in sources)]))
+    names = union(*(outside(model) for model in everyone))
     return [
         Slot(
             Place(part.prefix + name, None, None, part.module),
@@ -268,8 +273,8 @@ def _slice_length(
     return lengths.pop()
 
 
-def _only_stack(architecture: Architecture, model: Model, module: str | None) -> Stack:
-    stacks = architecture.stacks
+def _main_stack(architecture: Architecture, model: Model, module: str | None) -> Stack:
+    stacks = architecture.main
     if len(stacks) == 1:
         return stacks[0]
     inside = f"module {module!r} of {model.reference}" if module else model.reference
