@@ -9,7 +9,7 @@ import time
 import pytest
 
 from weightsmith.architecture.stacks import analyse, before_layers, role
-from weightsmith.architecture.towers import match_tower, tower
+from weightsmith.architecture.towers import Tower, match_tower, tower
 from weightsmith.errors import PlanError
 
 
@@ -297,6 +297,31 @@ def test_roles_of_names_that_look_like_others(name, expected):
 )
 def test_modules_of_real_layouts_are_found(model, module, prefix):
     assert tower(model, module) == prefix
+
+
+@pytest.mark.parametrize(
+    ("names", "module", "prefix", "beside"),
+    [
+        (QWEN2_VL, "text_decoder", "model.", {"lm_head.weight": "lm_head.weight"}),
+        (QWEN3_VL, "language_model", "model.language_model.", {"lm_head.weight": "lm_head.weight"}),
+        (LLAVA_OLD, "text_decoder", "language_model.", {}),
+        (LLAVA_OLD, "text_decoder", "language_model.model.", {"lm_head.weight": "language_model.lm_head.weight"}),
+        (["thinker.model.norm.weight"], "text_decoder", "thinker.model.", {"lm_head.bias": "thinker.lm_head.bias"}),
+        (T5, "shared", "shared.", {"lm_head.weight": "lm_head.weight"}),
+        (T5, "decoder", "decoder.", {}),
+        (QWEN2_VL, "model", "model.", {}),
+        (QWEN3_VL, "multi_modal_projector", "model.visual.merger.",
+         {"deepstack_merger_list.0.w": "model.visual.deepstack_merger_list.0.w"}),
+    ],
+)  # fmt: skip
+def test_what_lies_beside_a_tower_is_part_of_it_and_what_lies_inside_stays_there(names, module, prefix, beside):
+    found = Tower.under(prefix, module, names)
+    assert {found.name(inner) for inner in ("norm.weight", *beside)} == {f"{prefix}norm.weight", *beside.values()}
+    for inner, name in ({"norm.weight": f"{prefix}norm.weight"} | beside).items():
+        assert found.inner(name) == inner
+    seen = [name for name in names if found.inner(name) is not None]
+    assert seen == [name for name in names if name.startswith((prefix, *beside.values()))]
+    assert [found.name(str(found.inner(name))) for name in seen] == seen
 
 
 @pytest.mark.parametrize(

@@ -302,27 +302,6 @@ def test_layers_of_different_shape_merge_where_both_models_agree(write_model):
     assert "model.layers.0.self_attn.q_proj.weight" not in merged
 
 
-def test_a_module_with_a_prefix_of_its_own_takes_a_text_model(write_model):
-    text = llama_tensors(1)
-    whole = {
-        f"model.language_model.{k.removeprefix('model.')}": v for k, v in llama_tensors(0).items() if "head" not in k
-    }
-    whole |= {"model.visual.blocks.0.w": np.ones(2, np.float32), "lm_head.weight": llama_tensors(0)["lm_head.weight"]}
-    a, b = write_model("vlm", whole), write_model("text", text)
-    merged = ws.merge_recipe(
-        f"merge_method: linear\nbase_model: {a}\nparameters: {{weight: 0.5}}\n"
-        f"modules: {{text_decoder: {{models: [{{model: {a}}}, {{model: {b}}}]}}}}\n"
-    )
-    assert list(merged) == list(ws.open(a))
-    name = "model.language_model.layers.1.mlp.up_proj.weight"
-    expected = (whole[name] + text["model.layers.1.mlp.up_proj.weight"]) / 2
-    np.testing.assert_allclose(merged[name].numpy(), expected, rtol=1e-6)
-    for carried in ("model.visual.blocks.0.w", "lm_head.weight"):
-        assert np.array_equal(merged[carried].numpy(), whole[carried])
-    with pytest.raises(PlanError, match="there is no module 'audio'"):
-        ws.merge_recipe(f"merge_method: linear\nbase_model: {a}\nmodules: {{audio: {{models: [{{model: {a}}}]}}}}\n")
-
-
 def test_random_masks_follow_the_models_names_and_not_their_order_or_folder(write_model, tmp_path):
     a, _, c = models(write_model, {}, {}, {})
     (tmp_path / "moved").mkdir()

@@ -1,9 +1,15 @@
-"""Parts of a larger model that are models themselves: the text tower of a vision-language model, say."""
+"""Parts of a larger model that are models themselves: the text tower of a vision-language model, say.
+
+A tower is a prefix of names, and for some modules a second one outside it: the head of most text towers lies beside
+the larger model (``model.language_model.layers.0…`` and ``lm_head.weight``).
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from weightsmith.architecture.stacks import analyse
 from weightsmith.errors import PlanError
@@ -27,6 +33,62 @@ _MODULES: dict[str, tuple[str, ...]] = {
 }
 # Models whose text tower is not wrapped (the first Qwen2-VL layout): layers right under ``model`` are the text's.
 _UNWRAPPED = {"text_decoder": "model.", "language_model": "model."}
+# How a head's names begin, and what stands before the part of the model that it is beside.
+_HEAD = ("lm_head.", re.compile(r"^(?P<outer>(.*?[./])?)(model|transformer|shared)[./]"))
+# What else belongs to a module, as mergekit divides models: how its names begin, and the prefix it is beside.
+_BESIDE = {
+    "text_decoder": _HEAD,
+    "language_model": _HEAD,
+    "shared": _HEAD,
+    "multi_modal_projector": ("deepstack_merger_list.", re.compile(r"^(?P<outer>(.*[./])?)merger\.$")),
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Where a model keeps the tensors of a module.
+
+    Attributes:
+        prefix: what the names of its tensors begin with.
+        beside: what the module calls those that lie outside the prefix: how that begins; empty for none.
+        outer: what stands before it in the model.
+    """
+
+    prefix: str
+    beside: str = ""
+    outer: str = ""
+
+    @classmethod
+    def under(cls, prefix: str, module: str, names: Iterable[str]) -> Tower:
+        """Return the tower of a module that a model keeps under a prefix, with what lies beside it.
+
+        Args:
+            prefix: what the names of its tensors begin with.
+            module: what recipes call it.
+            names: the names of the whole model.
+        """
+        beside, enclosing = _BESIDE.get(module, ("", None))
+        match = enclosing.match(prefix) if enclosing else None
+        # A tower that is a whole model has its head inside.
+        if match is None or any(name.startswith(prefix + beside) for name in names):
+            return cls(prefix)
+        return cls(prefix, beside, match["outer"])
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """All that names of its tensors may begin with."""
+        return (self.prefix, self.outer + self.beside) if self.beside else (self.prefix,)
+
+    def name(self, inner: str) -> str:
+        """Return the model's name of the tensor that the module calls ``inner``."""
+        outside = self.beside and inner.startswith(self.beside)
+        return (self.outer if outside else self.prefix) + inner
+
+    def inner(self, name: str) -> str | None:
+        """Return what the module calls a tensor of the model, or None where it is none of the module's."""
+        if self.beside and name.startswith(self.outer + self.beside):
+            return name.removeprefix(self.outer)
+        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else None
 
 
 def tower(names: Iterable[str], module: str) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from weightsmith.architecture.stacks import Architecture, Stack, analyse, before_layers
-from weightsmith.architecture.towers import match_tower, tower
+from weightsmith.architecture.towers import Tower
 from weightsmith.errors import PlanError
+from weightsmith.plan.parts import Open, Part, divide, find_towers
 from weightsmith.plan.slots import Contribution, Model, Settings, Slot, union
 from weightsmith.recipe.schedule import Place
 from weightsmith.recipe.schema import Merge, ModelInput, Module, Slice, Source
-
-Open = Callable[[str], Model]
 
 
 @dataclass(frozen=True)
@@ -46,27 +45,6 @@ class Naming:
     restacks: tuple[Restack, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The whole model, or one module of it, seen under names without the module's prefix."""
-
-    donor: Model
-    module: str | None
-    prefix: str
-    names: tuple[str, ...]
-    levels: tuple[Settings, ...]
-    prefixes: dict[int, str] = field(default_factory=dict)
-
-    def name_in(self, model: Model, name: str) -> str:
-        """Return what a model calls the tensor that this part calls ``name``."""
-        return self.prefixes.get(id(model), self.prefix) + name
-
-    def seen(self, model: Model) -> dict[str, str]:
-        """Return the model's names within this part -> its own names."""
-        prefix = self.prefixes.get(id(model), self.prefix)
-        return {name.removeprefix(prefix): name for name in model.checkpoint if name.startswith(prefix)}
-
-
 def name_slots(recipe: Merge, open_model: Open) -> Naming:
     """Find out which tensors the output has and what each is made from.
 
@@ -85,7 +63,7 @@ def name_slots(recipe: Merge, open_model: Open) -> Naming:
     if recipe.modules:
         slots, restacks = _name_modules(recipe, donor, base, open_model)
         return Naming(tuple(slots), donor, models, tuple(restacks))
-    part = _Part(donor, None, "", tuple(donor.checkpoint), (top,))
+    part = Part(donor, None, Tower(""), (top,))
     if recipe.slices:
         slots, restack = _name_slices(part, recipe.slices, base, open_model)
         return Naming(tuple(slots), donor, models, (restack,))
@@ -103,7 +81,7 @@ def _references(recipe: Merge) -> Iterable[str]:
                 yield source.model
 
 
-def _name_models(part: _Part, inputs: Sequence[ModelInput], base: Model | None, open_model: Open) -> list[Slot]:
+def _name_models(part: Part, inputs: Sequence[ModelInput], base: Model | None, open_model: Open) -> list[Slot]:
     models = [(open_model(entry.model), entry.parameters) for entry in inputs]
     everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in models)]))
     names = union(*(part.seen(model) for model in everyone))
@@ -113,7 +91,7 @@ def _name_models(part: _Part, inputs: Sequence[ModelInput], base: Model | None, 
         layer, position, stack = _whereabouts(architecture, name)
         slots.append(
             Slot(
-                Place(part.prefix + name, layer, position, part.module),
+                Place(part.tower.name(name), layer, position, part.module),
                 tuple(Contribution(model, part.name_in(model, name), own) for model, own in models),
                 Contribution(base, part.name_in(base, name)) if base else None,
                 part.levels,
@@ -134,7 +112,7 @@ def _whereabouts(architecture: Architecture, name: str) -> tuple[int | None, flo
 
 
 def _name_slices(
-    part: _Part, slices: Sequence[Slice], base: Model | None, open_model: Open
+    part: Part, slices: Sequence[Slice], base: Model | None, open_model: Open
 ) -> tuple[list[Slot], Restack]:
     architectures: dict[int, tuple[Architecture, Stack]] = {}
 
@@ -165,7 +143,7 @@ def _name_slices(
             picked.append(donor_rank)
         if number == len(slices) - 1:
             slots += _outside(part, sources, slice_base, levels, of, before=False)
-    return slots, Restack(_under(donor_stack, part.prefix), tuple(picked))
+    return slots, Restack(_under(donor_stack, part.tower.prefix), tuple(picked))
 
 
 @dataclass(frozen=True)
@@ -188,7 +166,7 @@ class _Layer:
 
 
 def _layer_slots(
-    part: _Part,
+    part: Part,
     layer: _Layer,
     settings: Sequence[Settings],
     levels: tuple[Settings, ...],
@@ -207,7 +185,7 @@ def _layer_slots(
     everyone = [*layer.ranks, *([layer.base] if layer.base else [])]
     return [
         Slot(
-            Place(part.prefix + layer.stack.name(layer.number, suffix), layer.number, layer.position, part.module),
+            Place(part.tower.name(layer.stack.name(layer.number, suffix)), layer.number, layer.position, part.module),
             tuple(
                 contribution(model, rank, suffix, own) for (model, rank), own in zip(layer.ranks, settings, strict=True)
             ),
@@ -220,7 +198,7 @@ def _layer_slots(
 
 
 def _outside(
-    part: _Part,
+    part: Part,
     sources: Sequence[tuple[Model, Source]],
     base: Model | None,
     levels: tuple[Settings, ...],
@@ -239,7 +217,7 @@ def _outside(
     names = union(*(outside(model) for model in everyone))
     return [
         Slot(
-            Place(part.prefix + name, None, None, part.module),
+            Place(part.tower.name(name), None, None, part.module),
             tuple(Contribution(model, part.name_in(model, name), source.parameters) for model, source in sources),
             Contribution(base, part.name_in(base, name)) if base else None,
             levels,
@@ -291,51 +269,30 @@ def _under(stack: Stack, prefix: str) -> Stack:
 def _name_modules(
     recipe: Merge, donor: Model, base: Model | None, open_model: Open
 ) -> tuple[list[Slot], list[Restack]]:
-    by_name: dict[str, list[Slot]] = {}
     restacks: list[Restack] = []
-    covered: dict[str, str] = {}
-    top = recipe.parameters
-    for module, entry in (recipe.modules or {}).items():
-        prefix = entry.prefix if entry.prefix is not None else tower(donor.checkpoint, module)
-        names = tuple(n.removeprefix(prefix) for n in donor.checkpoint if n.startswith(prefix))
-        if not names:
-            raise PlanError(f"module {module!r}: no tensor of {donor.reference} begins with {prefix!r}")
-        part = _Part(donor, module, prefix, names, (entry.parameters, top))
-        sources: list[ModelInput | Source] = list(entry.models or ())
-        sources += [source for piece in entry.slices or () for source in piece.sources]
-        for source in sources:
-            model = open_model(source.model)
-            given = source.prefix if isinstance(source, ModelInput) else None
-            if model is not donor or given is not None:
-                part.prefixes[id(model)] = (
-                    given if given is not None else match_tower(prefix, names, model.checkpoint, model.reference)
-                )
-        if base is not None and base is not donor:
-            part.prefixes[id(base)] = match_tower(prefix, names, base.checkpoint, base.reference)
+    regions: dict[str | None, list[Slot]] = {}
+    modules = recipe.modules or {}
+    parts = divide(modules, donor, recipe.parameters)
+    for own, entry in zip(parts, modules.values(), strict=True):
+        part = replace(own, towers=find_towers(own, entry, open_model))
         if entry.slices:
             slots, restack = _name_slices(part, entry.slices, base, open_model)
             restacks.append(restack)
         else:
             slots = _name_models(part, entry.models or (), base, open_model)
-        for name in donor.checkpoint:
-            if name.startswith(prefix):
-                other = covered.setdefault(name, module)
-                if other != module:
-                    raise PlanError(f"{name} belongs to two modules, {other!r} and {module!r}")
-        by_name[prefix] = slots
-    return _in_order(donor, by_name, covered), restacks
+        for slot in slots:
+            regions.setdefault(part.region(slot.name), []).append(slot)
+    return _in_order(donor, parts, regions), restacks
 
 
-def _in_order(donor: Model, modules: Mapping[str, list[Slot]], covered: Mapping[str, str]) -> list[Slot]:
+def _in_order(donor: Model, parts: Sequence[Part], regions: dict[str | None, list[Slot]]) -> list[Slot]:
     """Put carried tensors and modules in the donor's order: a module stands where its first tensor stood."""
     slots: list[Slot] = []
-    placed: set[str] = set()
     for name in donor.checkpoint:
-        if name not in covered:
+        region = next((found for part in parts if (found := part.region(name)) is not None), None)
+        if region is None:
             slots.append(Slot(Place(name, None, None, None), (Contribution(donor, name),), carried=True))
-            continue
-        prefix = next(p for p in modules if name.startswith(p))
-        if prefix not in placed:
-            placed.add(prefix)
-            slots += modules[prefix]
-    return slots
+        else:
+            slots += regions.pop(region, [])
+    # What other models have beside a module and the donor does not: a head that it ties to its embeddings.
+    return slots + [slot for rest in regions.values() for slot in rest]
