@@ -136,3 +136,15 @@ def test_the_head_of_a_t5_is_part_of_its_shared_table_as_in_mergekit(write_model
     merged = ws.merge_recipe(write_recipe(a, {"shared": {a: 0.5, b: 0.5}}))
     assert_mean(merged, ["shared.weight", HEAD], one, other)
     assert np.array_equal(merged[names[1]].numpy(), one[names[1]])
+
+
+def test_layers_of_two_towers_are_trimmed_by_themselves(write_model):
+    names = [f"{tower}.encoder.layers.0.mlp.weight" for tower in ("text_model", "vision_model")]
+    changes = {name: scale * np.arange(1.0, 11.0) for name, scale in zip(names, (1, 100), strict=True)}
+    a, b = write_model("a", {name: np.zeros(10) for name in names}), write_model("b", changes)
+    merged = ws.merge_recipe(
+        f"merge_method: ties\nbase_model: {a}\nparameters: {{weight: 1, density: 0.5, trim_scope: layer}}\n"
+        f"modules:\n  text_model: {{models: [{{model: {b}}}]}}\n  vision_model: {{models: [{{model: {b}}}]}}\n"
+    )
+    for name in names:
+        assert np.array_equal(merged[name].numpy(), changes[name] * (np.arange(10) >= 5))

@@ -34,7 +34,7 @@ class Maker:
         self._cast = dtypes.float_from_name(recipe.dtype) if recipe.dtype else None
         output = recipe.out_dtype or recipe.dtype
         self._output = dtypes.float_from_name(output) if output else None
-        self._groups: dict[tuple[str, int | None], Group] = {}
+        self._groups: dict[tuple[str | None, str, int | None], Group] = {}
         self._missing: list[tuple[Slot, list[str], list[str]]] = []
         self._misshapen: list[tuple[Slot, list[tuple[str, tuple[int, ...]]]]] = []
         self._left_out: list[str] = []
@@ -195,10 +195,11 @@ class Maker:
         scope = parameters.get(self._method.scope) if self._method.scope else None
         if self._method.statistic is None or scope not in ("layer", "model"):
             return None
-        key: tuple[str, int | None] = ("", None)
+        key: tuple[str | None, str, int | None] = (None, "", None)
         if scope == "layer":
             layer = slot.where.layer
-            key = (slot.name if layer is None else slot.stack, layer)
+            # Stacks of two modules may have the same name within them.
+            key = (slot.where.module, slot.name if layer is None else slot.stack, layer)
         return self._groups.setdefault(key, Group())
 
     def _check_groups(self) -> None:

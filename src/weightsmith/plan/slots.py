@@ -52,7 +52,7 @@ class Slot:
         base: what the base contributes, or None where the recipe names none.
         levels: parameters given for the slice, the module and the merge, the nearest first.
         carried: whether it is taken from its one model as it is.
-        stack: the stack of layers it belongs to, or an empty text.
+        stack: the stack of layers it belongs to, by its name within the module, or an empty text.
     """
 
     where: Place
