@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint types unit docs coverage benchmark clean
 
 # The core alone: what a person who merges models needs.
-$(VENV)/.core: requirements/core.txt pyproject.toml
+$(VENV)/.core: requirements/core.txt pyproject.toml hatch_build.py $(wildcard src/weightsmith/kernels/native/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements/core.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
@@ -25,8 +25,8 @@ quickstart: $(VENV)/.core
 test: lint types unit
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check hatch_build.py src tests benchmarks examples
+	$(BIN)/ruff format --check hatch_build.py src tests benchmarks examples
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -92,7 +92,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
     flags = ["--method", "ties", "--base", str(tmp_path / "base"), "--model", str(tmp_path / "a")]
     call = [sys.executable, "-c", script, "merge", *flags, "-p", "weight=1", "-p", "density=0.3", "--json-log"]
     call += [str(tmp_path / "out")]
-    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True) as process:
+    # Without the compiled kernels, so that there is time to interrupt it.
+    slowly = os.environ | {"WEIGHTSMITH_KERNELS": "numpy"}
+    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=slowly) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if '"tensor"' in line:

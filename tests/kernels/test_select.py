@@ -8,22 +8,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from weightsmith.kernels.select import add, bucket, histograms, look_up, rank_table, value_of
+from weightsmith.kernels.select import (
+    Gathered,
+    bracket,
+    bucket,
+    find,
+    histogram,
+    look_up,
+    patterns,
+    place_of,
+    rank_table,
+    value_of,
+    within,
+)
 
 DTYPES = (np.float32, np.float64)
 
 
 def kth_largest(parts: list[np.ndarray], k: int) -> float:
     """Narrow the k-th largest down, 16 bits at a time, over the parts of an array."""
-    prefix, wanted, level, bits = 0, k, 0, 16
-    while level * 16 < bits:
-        bits, (histogram,) = histograms([parts[0]], [prefix], level)
-        for part in parts[1:]:
-            bits, (histogram,) = add((bits, [histogram]), histograms([part], [prefix], level))
-        digit, wanted, _ = bucket(histogram, wanted)
-        prefix = (prefix << 16) | digit
-        level += 1
-    return value_of(prefix, bits)
+    width = 8 * parts[0].dtype.itemsize
+    low, wanted = 0, k
+    for shift in range(width - 16, -1, -16):
+        counts = sum(histogram(patterns(part), low, shift) for part in parts)
+        digit, wanted, _ = bucket(counts, wanted)
+        low += digit << shift
+    return value_of(low, width)
+
+
+def gather(parts: list[np.ndarray], low: int, high: int, limit: int = 10**9) -> Gathered:
+    found = Gathered(0, [], 0)
+    for part in parts:
+        above, inside = within(patterns(part), low, high)
+        found = found.add(Gathered(above, [inside], len(inside)), limit)
+    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,12 +56,68 @@ def test_the_kth_largest_is_that_of_a_sort(dtype, data):
     assert kth_largest([values[:cut], values[cut:]], k) == np.sort(values)[::-1][k - 1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_arrays_with_strides_are_counted_like_their_copies(dtype):
-    values = np.random.default_rng(0).random((30, 40)).astype(dtype)[::2, ::3]
-    (strided,), (copied,) = (histograms([array], [0], 0)[1] for array in (values, values.copy()))
-    assert np.array_equal(strided, copied)
-    assert strided.sum() == values.size
+@settings(deadline=None)
+@given(
+    values=hnp.arrays(np.float32, st.integers(1, 60), elements=st.sampled_from([0.0, 0.5, 1.0, 1.5, np.inf, np.nan])),
+    data=st.data(),
+)
+def test_the_kth_largest_of_what_was_gathered_is_that_of_a_stable_sort(values, data):
+    k = data.draw(st.integers(1, values.size))
+    cut = data.draw(st.integers(0, values.size))
+    parts = [values[:cut], values[cut:]]
+    found = find(gather(parts, 0, 2**32 - 1), k)
+    order = np.argsort(~patterns(values), kind="stable")
+    last = order[k - 1]
+    assert found.pattern == patterns(values)[last]
+    equal = np.flatnonzero(patterns(values) == found.pattern)
+    if found.block is None:
+        assert last == equal[-1]
+    else:
+        block, place = found.block
+        assert last == np.flatnonzero(patterns(parts[block]) == found.pattern)[place - 1] + block * cut
+
+
+def test_a_range_that_misses_is_noticed():
+    values = np.arange(1, 101, dtype=np.float32)
+    low, high = (int(patterns(np.float32([x]))[0]) for x in (40, 60))
+    assert find(gather([values], low, high), 40) is None  # 61 lies above
+    assert find(gather([values], low, high), 62) is None  # 39 lies below
+    assert value_of(find(gather([values], low, high), 41).pattern, 32) == 60
+    assert value_of(find(gather([values], low, high), 61).pattern, 32) == 40
+
+
+def test_more_than_may_be_kept_is_let_go():
+    values = np.ones(10, np.float32)
+    gathered = gather([values, values], 0, 2**32 - 1, limit=15)
+    assert gathered.blocks is None
+    assert gathered.count == 20
+    assert find(gathered, 3) is None
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+def test_a_sample_brackets_the_rank(share):
+    rng = np.random.default_rng(0)
+    # Stretches of different scale, as the rows of an embedding have.
+    values = np.abs(rng.standard_normal(1 << 20)).astype(np.float32) * np.repeat(rng.uniform(0.5, 2, 256), 4096)
+    values = values.astype(np.float32)
+    runs = [patterns(values[start : start + 512]) for start in range(0, values.size, 8192)]
+    k = int(share * values.size)
+    low, high = bracket(runs, k, values.size)
+    gathered = gather([values], low, high)
+    assert value_of(find(gathered, k).pattern, 32) == np.sort(values)[-k]
+    assert gathered.count < 0.3 * values.size
+
+
+@pytest.mark.parametrize("k", [1, 1000])
+def test_a_bracket_reaches_the_ends(k):
+    runs = [patterns(np.linspace(1, 2, 10, dtype=np.float32))] * 3
+    low, high = bracket(runs, k, 1000)
+    assert low == 0 if k == 1000 else high == 2**32 - 1
+
+
+def test_places_count_from_one():
+    assert place_of([2, 0, 3], 2) == (0, 2)
+    assert place_of([2, 0, 3], 3) == (2, 1)
 
 
 def test_nan_counts_above_infinity():
@@ -52,11 +126,10 @@ def test_nan_counts_above_infinity():
     assert kth_largest([values], 2) == np.inf
 
 
-def test_several_arrays_are_counted_by_prefixes_of_their_own():
+def test_a_prefix_is_all_that_is_counted():
     values = np.array([1.0, 2.0, 2.0001], np.float32)
-    ones, twos = (int(np.float32(x).view(np.uint32) >> 16) for x in (1, 2))
-    _, (first, second) = histograms([values, values], [ones, twos], 1)
-    assert (first.sum(), second.sum()) == (1, 2)
+    one, two = ((int(np.float32(x).view(np.uint32)) >> 16) << 16 for x in (1, 2))
+    assert (histogram(patterns(values), one, 0).sum(), histogram(patterns(values), two, 0).sum()) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -64,5 +137,4 @@ def test_several_arrays_are_counted_by_prefixes_of_their_own():
 )
 def test_ranks_go_from_zero_to_one_and_their_mean_is_a_half(values, ranks):
     array = np.array(values, np.float32)
-    (histogram,) = histograms([array], [0], 0)[1]
-    assert look_up(array, rank_table(histogram)).tolist() == ranks
+    assert look_up(array, rank_table(histogram(patterns(array), 0, 16))).tolist() == ranks

@@ -12,7 +12,7 @@ import weightsmith as ws
 from conftest import read_safetensors
 from weightsmith.engine.arrays import merge_arrays
 from weightsmith.errors import MethodError
-from weightsmith.kernels.select import histograms, look_up, rank_table
+from weightsmith.kernels.select import histogram, look_up, patterns, rank_table
 
 SHAPE = (64, 512)
 BASE = np.zeros(SHAPE, np.float32)
@@ -88,7 +88,7 @@ def test_della_takes_windows_of_chances_within_zero_and_one(density, epsilon, go
 
 def test_ranks_over_a_scope_are_those_of_the_leading_bits():
     values = np.abs(DELTA)
-    _, (counts,) = histograms([values], [0], 0)
+    counts = histogram(patterns(values), 0, 16)
     ranks = look_up(values, rank_table(counts)).ravel()
     coarse = (values.view(np.uint32) >> 16).ravel()
     sample = np.random.default_rng(1).choice(values.size, 200)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import pytest
 
-from weightsmith.methods.block import Block, Statistic
+from weightsmith.methods import statistics
+from weightsmith.methods.block import Block, Scope, Statistic
 from weightsmith.methods.statistics import Cut, gram, largest, totals
 
 PART = 7
@@ -20,15 +22,14 @@ def blocks_of(*arrays: Any) -> list[Block]:
 
 
 def run(statistic: Statistic[Any], blocks: list[Block]) -> Any:
-    """Drive a statistic as an engine does, the blocks of combined sweeps in reverse."""
+    """Drive a statistic as an engine does; a sample is every third block."""
     try:
         sweep = next(statistic)
         while True:
-            chosen = blocks if sweep.only is None else [blocks[sweep.only]]
+            chosen = blocks[::3] if sweep.sampled else blocks if sweep.only is None else [blocks[sweep.only]]
             results = [sweep.function(block) for block in chosen]
             if sweep.combine is not None and results:
-                while len(results) > 1:
-                    results.append(sweep.combine(results.pop(), results.pop()))
+                results = [reduce(sweep.combine, results)]
             sweep = statistic.send(results)
     except StopIteration as end:
         return end.value
@@ -36,10 +37,21 @@ def run(statistic: Statistic[Any], blocks: list[Block]) -> Any:
 
 def kept(values: np.ndarray, k: int) -> np.ndarray:
     blocks = blocks_of(values)
-    (cut,) = run(largest(lambda block: block.models, [k]), blocks)
+    (cut,) = run(largest(lambda block: block.models, [k], Scope(values.size, 1)), blocks)
     return np.concatenate([cut.keeps(block.models[0], block) for block in blocks])
 
 
+@pytest.fixture(params=["gathered", "sampled", "by digits"])
+def way(request, monkeypatch):
+    """Send a selection each of the ways it can go: what is right must not depend on the size of a scope."""
+    if request.param != "gathered":
+        monkeypatch.setattr(statistics, "_SMALL_SCOPE", 0)
+    if request.param == "by digits":
+        monkeypatch.setattr(statistics, "_MOST_GATHERED", 0)
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("levels", [3, 10_000_000])
 def test_exactly_the_k_largest_are_kept_the_earlier_of_equal_ones(dtype, levels):
@@ -50,13 +62,15 @@ def test_exactly_the_k_largest_are_kept_the_earlier_of_equal_ones(dtype, levels)
         assert np.array_equal(kept(values, k), expected), k
 
 
+@pytest.mark.usefixtures("way")
 def test_several_selections_in_one_go_are_those_of_one_at_a_time():
     one, other = np.random.default_rng(0).random((2, 50)).astype(np.float32)
-    blocks = blocks_of(one, other)
-    cuts = run(largest(lambda block: block.models, [3, 20]), blocks)
-    assert [cut.value for cut in cuts] == [np.sort(one)[-3], np.sort(other)[-20]]
+    blocks = blocks_of(one, other, one)
+    cuts = run(largest(lambda block: block.models, [3, 20, 0], Scope(50, 2)), blocks)
+    assert [cut.value for cut in cuts] == [np.sort(one)[-3], np.sort(other)[-20], np.inf]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("broken", [1, 10, 50])
 def test_nan_is_never_kept_and_never_in_the_way(broken):
     values = np.random.default_rng(0).random(50).astype(np.float32)
@@ -68,7 +82,7 @@ def test_nan_is_never_kept_and_never_in_the_way(broken):
 
 
 def test_a_scope_without_elements_keeps_nothing():
-    assert run(largest(lambda block: block.models, [0]), []) == [Cut(np.inf, -1)]
+    assert run(largest(lambda block: block.models, [0], Scope(0, 1)), []) == [Cut(np.inf, -1)]
     assert run(gram(lambda block: block.models), []) == []
 
 

@@ -49,6 +49,11 @@ class StoredTensor(Tensor):
         content = self.source.read(self.offset + start * width, self.offset + stop * width)
         return np.frombuffer(content, self.dtype)
 
+    def read_into(self, start: int, stop: int, buffer: Array) -> Array:
+        """See :meth:`Tensor.read_into`."""
+        self.source.read_into(self.offset + start * self.dtype.itemsize, buffer)
+        return buffer.view(self.dtype)
+
 
 def read_header(source: Source) -> tuple[dict[str, StoredTensor], Identity]:
     """Read and check a file's header.

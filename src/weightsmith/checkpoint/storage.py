@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from weightsmith.errors import CheckpointError
 
@@ -35,12 +40,23 @@ class Source(ABC):
             CheckpointError: if the file cannot be read or ends before ``stop``.
         """
         found = self._read(start, stop)
-        if len(found) != stop - start:
+        self._check_length(start, stop, len(found))
+        return found
+
+    def read_into(self, start: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill a buffer with the bytes from ``start`` on.
+
+        Raises:
+            CheckpointError: if the file cannot be read or ends before the buffer is full.
+        """
+        buffer[:] = np.frombuffer(self.read(start, start + len(buffer)), np.uint8)
+
+    def _check_length(self, start: int, stop: int, count: int) -> None:
+        if count != stop - start:
             raise CheckpointError(
-                f"{self.path} ends at byte {start + len(found):,}, and bytes up to {stop:,} are needed; it was "
+                f"{self.path} ends at byte {start + count:,}, and bytes up to {stop:,} are needed; it was "
                 f"{self.size:,} bytes long when it was opened: it is cut short or has been changed since"
             )
-        return found
 
     @abstractmethod
     def _read(self, start: int, stop: int) -> bytearray | bytes:
@@ -57,7 +73,7 @@ class LocalSource(Source):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         try:
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._handle = _open(path)
             status = os.fstat(self._handle)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
@@ -66,23 +82,42 @@ class LocalSource(Source):
 
     def _read(self, start: int, stop: int) -> bytearray:
         buffer = bytearray(stop - start)
-        view = memoryview(buffer)
+        count = self._fill(start, memoryview(buffer))
+        return buffer if count == len(buffer) else buffer[:count]
+
+    def read_into(self, start: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """See :meth:`Source.read_into`; nothing is copied on the way."""
+        self._check_length(start, start + len(buffer), self._fill(start, memoryview(buffer.data)))
+
+    def _fill(self, start: int, view: memoryview) -> int:
+        """Read until the view is full or the file ends, and return how many bytes were read."""
         done = 0
         try:
-            while done < len(buffer):
+            while done < len(view):
                 count = os.preadv(self._handle, [view[done:]], start + done)
                 if count == 0:
-                    view.release()
-                    return buffer[:done]
+                    break
                 done += count
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-        return buffer
+        return done
 
     def __del__(self) -> None:
         handle = getattr(self, "_handle", None)
         if handle is not None:
             os.close(handle)
+
+
+def _open(path: str | os.PathLike[str]) -> int:
+    """Open a file for reading."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        # Checkpoints that nobody uses any more hold their files until the garbage collector finds them.
+        gc.collect()
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class RemoteSource(Source):

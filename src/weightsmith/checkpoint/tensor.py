@@ -42,6 +42,19 @@ class Tensor(ABC):
             CheckpointError: if the file cannot be read, or ends before the tensor does.
         """
 
+    def read_into(self, start: int, stop: int, buffer: Array) -> Array:
+        """Read elements as :meth:`read` does, into memory that is there already where that saves a copy.
+
+        Args:
+            start: flat index of the first element.
+            stop: flat index after the last.
+            buffer: uint8 of the elements' length in bytes.
+
+        Returns:
+            A contiguous array ``[stop - start]`` of this tensor's dtype; valid until the buffer is used again.
+        """
+        return np.ascontiguousarray(self.read(start, stop))
+
     @property
     def size(self) -> int:
         """Number of elements."""

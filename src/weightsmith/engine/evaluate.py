@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
+from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
+from weightsmith.engine import fuse
 from weightsmith.engine.expression import Computed, Group, columns, computed_within
+from weightsmith.engine.scratch import Scratch
 from weightsmith.kernels import philox
-from weightsmith.kernels.convert import narrow, widen
+from weightsmith.kernels.convert import largest_finite, narrow, widen
 from weightsmith.methods.block import Block, Scope, Sweep
 
 # Elements in the blocks of a sweep. Sums of floats depend on it, so it is part of what a result is.
-SWEEP = 1 << 17
+SWEEP = 1 << 18
+
+# Where each thread reads its inputs to, block after block.
+SCRATCH = Scratch()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -75,6 +82,7 @@ class Evaluator:
         self._on_nonfinite = on_nonfinite
         self._statistics: dict[int, Any] = {}
         self._whole: dict[int, Array] = {}
+        self._programs: dict[tuple[int, DType], fuse.Fused | None] = {}
         self._lock = threading.RLock()
 
     def values(self, tensor: Tensor, start: int, stop: int, working: DType | None = None) -> Array:
@@ -101,6 +109,47 @@ class Evaluator:
             return np.asarray(found).astype(working, copy=False)
         return widen(tensor.read(start, stop), working)
 
+    def result(
+        self, tensor: Tensor, start: int, stop: int, dtype: DType, out: Array | None = None
+    ) -> tuple[Array, int]:
+        """Return elements of a tensor rounded to a dtype: ``[n]``, and how many of them are NaN or infinite.
+
+        Args:
+            tensor: a floating tensor.
+            start: flat index of the first element.
+            stop: flat index after the last.
+            dtype: the floating dtype to round to.
+            out: memory that may be used for the result: ``[n]`` of the dtype.
+        """
+        program = self._program(tensor, dtype) if isinstance(tensor, Computed) else None
+        if program is None or not isinstance(tensor, Computed):
+            wide = self.values(tensor, start, stop)
+            values = narrow(wide, dtype)
+            if wide.size == 0 or float(np.max(np.abs(wide))) <= largest_finite(dtype):
+                return values, 0
+            return values, int(np.count_nonzero(~np.isfinite(values)))
+        if out is None:
+            out = np.empty(stop - start, dtype)
+        inputs = self.inputs(tensor, program, start, stop)
+        lost, found = program.compute(inputs, out, start, tensor.group.offset_of(tensor) + start)
+        if self._on_nonfinite is not None:
+            labels = (*(() if tensor.base is None else ("base",)), *tensor.labels)
+            for label, count in zip(labels, found, strict=False):
+                if count:
+                    self._on_nonfinite(label, count)
+        return out, lost
+
+    def inputs(self, tensor: Computed, program: fuse.Fused, start: int, stop: int) -> list[Array]:
+        """Read what a program needs of elements ``start`` to ``stop``; valid until this thread reads again."""
+        found = []
+        for slot in program.program.inputs:
+            part = tensor.inputs[slot]
+            if fuse.is_made(part):
+                found.append(np.ascontiguousarray(self.values(part, start, stop, tensor.working)))
+            else:
+                found.append(part.read_into(start, stop, SCRATCH.get(slot, (stop - start) * part.dtype.itemsize)))
+        return found
+
     def prepare(self, tensor: Tensor, mapper: Mapper = in_turn) -> None:
         """Compute the statistics of every method within an expression, sweeping the data with ``mapper``."""
         if tensor.size:
@@ -125,9 +174,18 @@ class Evaluator:
             return self._whole_of(tensor)[start:stop]
         first = start // vector * vector
         last = min(-(-stop // vector) * vector, tensor.size)
-        statistic = self.statistic(tensor)
-        found = self._call(tensor, statistic, self.block(tensor, first, last))
+        if self._program(tensor, tensor.working) is not None:
+            found, _ = self.result(tensor, first, last, tensor.working)
+        else:
+            found = self._call(tensor, self.statistic(tensor), self.block(tensor, first, last))
         return found[start - first : stop - first]
+
+    def _program(self, tensor: Computed, dtype: DType) -> fuse.Fused | None:
+        key = (id(tensor), dtype)
+        if key not in self._programs:
+            # Made twice where two threads meet here, to the same effect.
+            self._programs[key] = fuse.result_program(tensor, self.statistic(tensor), dtype)
+        return self._programs[key]
 
     def _whole_of(self, tensor: Computed) -> Array:
         with self._lock:
@@ -187,10 +245,14 @@ class Evaluator:
         )
 
 
+# A stretch of a member of a group: the tensor, start, stop, and the elements of the scope before the tensor.
+_Stretch = tuple[Computed, int, int, int]
+
+
 def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) -> Any:
     """Drive a statistic's generator over all blocks of a scope, and return what it returns."""
     first = group.members[0]
-    stretches = []
+    stretches: list[_Stretch] = []
     offset = 0
     for member in group.members:
         vector = columns(member.shape, member.reads)
@@ -201,15 +263,11 @@ def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) 
     try:
         sweep: Sweep = next(generator)
         while True:
-            chosen = stretches if sweep.only is None else [stretches[sweep.only]]
-            function = sweep.function
-
-            def visit(stretch: tuple[Computed, int, int, int], function: Callable[[Block], Any] = function) -> Any:
-                member, start, stop, before = stretch
-                with np.errstate(all="ignore"):
-                    return function(evaluator.block(member, start, stop, before))
-
-            results = mapper(visit, chosen)
+            if sweep.sampled:
+                results = _visit_samples(evaluator, group, sweep, mapper)
+            else:
+                chosen = stretches if sweep.only is None else [stretches[sweep.only]]
+                results = mapper(_Visit(evaluator, sweep), chosen)
             if sweep.combine is None:
                 sweep = generator.send(list(results))
             else:
@@ -218,6 +276,66 @@ def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) 
                 sweep = generator.send(found)
     except StopIteration as end:
         return end.value
+
+
+class _Visit:
+    """What a sweep does with a stretch: by a program where there is one, or as the method is written."""
+
+    def __init__(self, evaluator: Evaluator, sweep: Sweep) -> None:
+        self._evaluator = evaluator
+        self._function = sweep.function
+        self._programs: dict[Any, fuse.Fused | None] = {}
+
+    def __call__(self, stretch: _Stretch) -> Any:
+        member, start, stop, before = stretch
+        program = self._program(member)
+        if program is None:
+            with np.errstate(all="ignore"):
+                return self._function(self._evaluator.block(member, start, stop, before))
+        inputs = self._evaluator.inputs(member, program, start, stop)
+        return program.answer(inputs, stop - start, start, before + start)
+
+    def _program(self, member: Computed) -> fuse.Fused | None:
+        key = fuse.signature(member)
+        if key not in self._programs:
+            self._programs[key] = fuse.request_program(member, self._function)
+        return self._programs[key]
+
+
+# A sample: so many elements in a run, one run for so many elements of the scope, and bounds on the number of runs.
+_RUN = 512
+_SAMPLE_EVERY = 1 << 15
+_LEAST_RUNS, _MOST_RUNS = 32, 4096
+_RUNS_AT_A_TIME = 16
+
+
+def _visit_samples(evaluator: Evaluator, group: Group, sweep: Sweep, mapper: Mapper) -> Iterator[Any]:
+    """Visit short stretches from all over a scope, several in one piece of work."""
+    visit = _Visit(evaluator, sweep)
+
+    def several(runs: list[_Stretch]) -> list[Any]:
+        return [visit(run) for run in runs]
+
+    runs = list(_runs(group))
+    pieces = [runs[i : i + _RUNS_AT_A_TIME] for i in range(0, len(runs), _RUNS_AT_A_TIME)]
+    for results in mapper(several, pieces):
+        yield from results
+
+
+def _runs(group: Group) -> Iterator[_Stretch]:
+    """Spread runs over a scope: evenly, but never in step with the rows of a matrix."""
+    ends = list(accumulate(member.size for member in group.members))
+    size = ends[-1]
+    count = min(max(size // _SAMPLE_EVERY, _LEAST_RUNS), _MOST_RUNS)
+    for i in range(count):
+        position = int((i + i * 0.6180339887498949 % 1.0) * size / count)
+        place = bisect_right(ends, position)
+        member = group.members[place]
+        before = ends[place] - member.size
+        vector = columns(member.shape, member.reads)
+        start = (position - before) // vector * vector
+        stop = min(start + max(_RUN // vector, 1) * vector, member.size)
+        yield member, start, stop, before
 
 
 def _block_shape(tensor: Computed, start: int, stop: int) -> tuple[int, ...]:

@@ -18,14 +18,13 @@ import numpy as np
 
 from weightsmith.checkpoint.layout import Shard
 from weightsmith.checkpoint.tensor import Array
-from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
+from weightsmith.engine.evaluate import SCRATCH, Evaluator, Mapper, blocks, in_turn, run_statistic
 from weightsmith.engine.expression import Computed, computed_within
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.plan import BLOCK, Plan, Task
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper
 from weightsmith.errors import Interrupted, OutputError
-from weightsmith.kernels.convert import largest_finite, narrow
 
 # A tensor up to this size is the work of one thread; a larger one is shared by all.
 _SMALL = 1 << 20
@@ -217,18 +216,16 @@ class _Run:
         exact = carried and not hasattr(tensor, "read_wide")
         if not exact:
             evaluator.prepare(tensor, mapper)
-        limit = None if exact else largest_finite(task.dtype)
 
         def one(stretch: tuple[int, int]) -> None:
             if self.stopping.is_set():
                 return
+            room = SCRATCH.get("result", (stretch[1] - stretch[0]) * task.dtype.itemsize)
             if exact:
-                values = tensor.read(*stretch)
+                values = tensor.read_into(*stretch, room)
             else:
-                wide = evaluator.values(tensor, *stretch)
-                values = narrow(wide, task.dtype)
-                if limit is not None and not _all_within(wide, limit):
-                    self._note(task.name, "result", int(np.count_nonzero(~np.isfinite(values))))
+                values, lost = evaluator.result(tensor, *stretch, task.dtype, room.view(task.dtype))
+                self._note(task.name, "result", lost)
             _write_all(handle, values, place.offset + stretch[0] * task.dtype.itemsize)
             self.listener.advance(values.nbytes)
 
@@ -267,10 +264,6 @@ class _Run:
 
 def _is_small(task: Task) -> bool:
     return task.size <= _SMALL
-
-
-def _all_within(values: Array, limit: float) -> bool:
-    return values.size == 0 or float(np.max(np.abs(values))) <= limit
 
 
 def _open_shard(folder: Path, shard: Shard) -> int:

@@ -1,98 +1,178 @@
-"""Histograms of bit patterns, for exact selection by rank.
+"""Exact selection by rank among non-negative floats.
 
-The pattern of a non-negative IEEE float, read as an unsigned integer, orders as the float does.
+The bit pattern of a non-negative IEEE float, read as an unsigned integer, orders as the float does: so ranges and
+histograms of patterns find the k-th largest value without sorting and without rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Histogram = npt.NDArray[np.int64]
-# The width of the patterns in bits, and one histogram per array.
-Counted = tuple[int, list[Histogram]]
-_BINS = 1 << 16
+Patterns = npt.NDArray[Any]
+
+# Standard errors between the sample's estimate of a rank and the bounds of the range to search.
+_CAUTION = 4.0
+DIGIT = 16
+BINS = 1 << DIGIT
 
 
-def histograms(arrays: Sequence[Any], prefixes: Sequence[int], level: int) -> Counted:
-    """Count, for each array, the elements whose leading bits equal its prefix, by their next 16 bits.
-
-    Args:
-        arrays: float32 or float64 arrays of non-negative numbers.
-        prefixes: the leading ``16 * level`` bits, per array.
-        level: how many times 16 bits are known.
-
-    Returns:
-        The width of the patterns in bits (32 or 64), and one histogram of 65,536 counts per array.
-    """
-    flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
-    width = flat[0].dtype.itemsize * 8
-    counted = []
-    for values, prefix in zip(flat, prefixes, strict=True):
-        # On a little-endian machine the leading 16 bits of a float are the last of its halves.
-        digits = values.view(np.uint16).reshape(values.size, width // 16)[:, -1 - level]
-        if level:
-            digits = digits[_leading(values, width - 16 * level) == prefix]
-        counted.append(np.bincount(digits, minlength=_BINS))
-    return width, counted
-
-
-def add(one: Counted, other: Counted) -> Counted:
-    """Add two results of :func:`histograms`."""
-    return one[0], [a + b for a, b in zip(one[1], other[1], strict=True)]
-
-
-def bucket(histogram: Histogram, wanted: int) -> tuple[int, int, int]:
-    """Find the bin in which the wanted-th largest element lies.
-
-    Args:
-        histogram: counts by digit.
-        wanted: rank from the top, counted from 1; 0 gives the topmost bin.
-
-    Returns:
-        The digit, the rank that remains within its bin, and the count in the bin.
-    """
-    from_top = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(from_top, max(wanted, 1)))
-    place = min(place, _BINS - 1)
-    above = int(from_top[place - 1]) if place else 0
-    digit = _BINS - 1 - place
-    return digit, wanted - above, int(histogram[digit])
+def patterns(values: Any) -> Patterns:
+    """Return the bit patterns of float32 or float64 values, NumPy's or any library's on the CPU: ``[n]`` unsigned."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    return flat.view(np.uint64 if flat.dtype.itemsize == 8 else np.uint32)
 
 
 def value_of(pattern: int, width: int) -> float:
-    """Return the float whose bit pattern this is."""
+    """Return the float whose bit pattern this is, of 32 or 64 bits."""
     if width == 32:
         return float(np.uint32(pattern).view(np.float32))
     return float(np.uint64(pattern).view(np.float64))
 
 
-def rank_table(histogram: Histogram) -> npt.NDArray[np.float64]:
-    """Return for every digit the mean rank of its elements, from 0 (smallest) to 1: ``[65536]``.
+def within(found: Patterns, low: int, high: int) -> tuple[int, Patterns]:
+    """Return how many patterns lie above a range, and those within it (bounds included) in order of position."""
+    inside = found[(found >= low) & (found <= high)]
+    return int(np.count_nonzero(found > high)), inside
+
+
+def histogram(found: Patterns, low: int, shift: int) -> npt.NDArray[np.int64]:
+    """Count patterns from ``low`` on, ``2**shift`` of them in each of 65,536 bins; others are not counted."""
+    digits = (found[found >= low] - low) >> shift
+    return np.bincount(digits[digits < BINS].astype(np.int64), minlength=BINS)
+
+
+@dataclass
+class Gathered:
+    """The patterns found within a range, block after block.
+
+    Attributes:
+        above: how many lie above the range.
+        blocks: the patterns within it, an array for each block; None where there were too many to keep.
+        count: how many there are.
+    """
+
+    above: int
+    blocks: list[Patterns] | None
+    count: int
+
+    def add(self, other: Gathered, limit: int) -> Gathered:
+        """Append the blocks that follow, and let go of all patterns where there are more than ``limit``."""
+        self.above += other.above
+        self.count += other.count
+        if self.blocks is None or other.blocks is None or self.count > limit:
+            self.blocks = None
+        else:
+            self.blocks += other.blocks
+        return self
+
+
+@dataclass(frozen=True)
+class Found:
+    """The k-th largest pattern.
+
+    Attributes:
+        pattern: the pattern.
+        width: its width in bits.
+        block: None if all values equal to it are among the k largest; otherwise the index of the block in which
+            the last of those lies, and its number among the equal ones of that block, from 1.
+    """
+
+    pattern: int
+    width: int
+    block: tuple[int, int] | None
+
+
+def find(gathered: Gathered, count: int) -> Found | None:
+    """Find the ``count``-th largest pattern of all; None if it does not lie in the range, or patterns are missing."""
+    rank = count - gathered.above
+    if gathered.blocks is None or not 1 <= rank <= gathered.count:
+        return None
+    everything = np.concatenate(gathered.blocks)
+    place = len(everything) - rank
+    pattern = np.partition(everything, place)[place]
+    wanted = rank - int(np.count_nonzero(everything > pattern))
+    per_block = [int(np.count_nonzero(block == pattern)) for block in gathered.blocks]
+    return Found(
+        pattern=int(pattern),
+        width=8 * everything.dtype.itemsize,
+        block=place_of(per_block, wanted) if wanted < sum(per_block) else None,
+    )
+
+
+def place_of(per_block: Sequence[int], wanted: int) -> tuple[int, int]:
+    """Return in which block the wanted-th of the counted values lies, and its number within that block, from 1."""
+    index = 0
+    while per_block[index] < wanted:
+        wanted -= per_block[index]
+        index += 1
+    return index, wanted
+
+
+def bracket(runs: Sequence[Patterns], count: int, size: int) -> tuple[int, int]:
+    """Estimate a range of patterns in which the ``count``-th largest of ``size`` lies.
+
+    Args:
+        runs: samples from several places. The range is wide enough for what differs between places, so far as
+            the samples tell.
+        count: the rank from the top, from 1.
+        size: how many values there are.
+
+    Returns:
+        The least and the greatest pattern of the range.
+    """
+    sample = np.sort(np.concatenate(runs))
+    length, share = len(sample), count / size
+    middle = sample[min(max(int(length * (1 - share)), 0), length - 1)]
+    above = np.array([np.count_nonzero(run > middle) / max(len(run), 1) for run in runs])
+    spread = float(above.std()) / math.sqrt(len(runs))
+    error = max(spread, math.sqrt(share * (1 - share) / length))
+    margin = math.ceil(_CAUTION * error * length) + 2
+    place = int(length * (1 - share))
+    low, high = place - margin, place + margin
+    most = (1 << (8 * sample.dtype.itemsize)) - 1
+    return (int(sample[low]) if low >= 0 else 0), (int(sample[high]) if high < length else most)
+
+
+def bucket(counts: npt.NDArray[np.int64], wanted: int) -> tuple[int, int, int]:
+    """Find the bin in which the wanted-th largest element lies.
+
+    Args:
+        counts: how many elements each bin holds, the bin of the smallest first.
+        wanted: rank from the top, counted from 1.
+
+    Returns:
+        The bin, the rank that remains within it, and the count in it.
+    """
+    from_top = np.cumsum(counts[::-1])
+    place = min(int(np.searchsorted(from_top, max(wanted, 1))), len(counts) - 1)
+    above = int(from_top[place - 1]) if place else 0
+    digit = len(counts) - 1 - place
+    return digit, wanted - above, int(counts[digit])
+
+
+def rank_table(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return for every leading 16 bits the mean rank of the elements that have them, from 0 to 1: ``[65536]``.
 
     A single element has the rank 0.5, as in a row of one.
 
     Args:
-        histogram: counts by the leading 16 bits.
+        counts: elements by their leading 16 bits.
     """
-    total = int(histogram.sum())
+    total = int(counts.sum())
     if total == 1:
-        return np.full(_BINS, 0.5)
-    below = np.cumsum(histogram) - histogram
-    return np.asarray((below + (histogram - 1) / 2.0) / max(total - 1, 1)).clip(0.0, 1.0)
+        return np.full(len(counts), 0.5)
+    below = np.cumsum(counts) - counts
+    return np.asarray((below + (counts - 1) / 2.0) / max(total - 1, 1)).clip(0.0, 1.0)
 
 
-def look_up(array: Any, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def look_up(values: Any, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the table's entry for the leading 16 bits of every element, in the array's shape."""
-    values = np.ascontiguousarray(array)
-    return np.asarray(table[_leading(values, values.dtype.itemsize * 8 - 16)])
-
-
-def _leading(values: npt.NDArray[Any], shift: int) -> npt.NDArray[Any]:
-    """Return the bit patterns of floats, shifted right."""
-    if values.dtype.itemsize == 4:
-        return values.view(np.uint32) >> np.uint32(shift)
-    return values.view(np.uint64) >> np.uint64(shift)
+    array = np.ascontiguousarray(values)
+    found = patterns(array)
+    return np.asarray(table[found >> (8 * found.dtype.itemsize - DIGIT)]).reshape(array.shape)

@@ -22,16 +22,19 @@ class Sweep:
     The blocks of a sweep are the same whatever the block size, the threads and the machine.
 
     Attributes:
-        function: what to compute of each block.
-        combine: None, to be sent the list of all results, in the order of the blocks; or an exact,
-            associative and commutative function of two results (a sum of integers, not of floats), to be sent
-            a list of one, or an empty list where there are no blocks.
+        function: what to compute of each block. One of :mod:`weightsmith.methods.sweeps` may be answered by a
+            fused loop.
+        combine: None, to be sent the list of all results, in the order of the blocks; or a function that joins
+            what was found so far and the result of the next block, to be sent a list of one, or an empty list
+            where there are no blocks.
         only: None for all blocks, or the index of the one block to visit.
+        sampled: whether to visit, instead of the blocks, a few hundred short stretches from all over the scope.
     """
 
     function: Callable[[Block], Any]
     combine: Callable[[Any, Any], Any] | None = None
     only: int | None = None
+    sampled: bool = False
 
 
 # A statistic of a whole tensor (or layer, or model) is computed by a generator. It yields a sweep, is sent the
@@ -101,3 +104,20 @@ class Block:
         xp = self.xp
         flat = xp.arange(self.start, self.start + size, dtype=xp.int64)
         return xp.reshape(flat, shape)
+
+
+def rank_in_rows(xp: Any, magnitudes: Array) -> Array:
+    """Return the rank of every value among the values of its row, from 0; equal values in order of position.
+
+    Args:
+        xp: the array's namespace. One that has a function of this name is asked; the standard knows no ranks.
+        magnitudes: non-negative numbers ``[r, c]``; NaN ranks last.
+
+    Returns:
+        ``[r, c]`` in the same dtype.
+    """
+    own = getattr(xp, "rank_in_rows", None)
+    if own is not None:
+        return own(magnitudes)
+    order = xp.argsort(magnitudes, axis=-1, stable=True)
+    return xp.astype(xp.argsort(order, axis=-1, stable=True), magnitudes.dtype)

@@ -22,7 +22,7 @@ def _selection(scope: Scope, *, select_topk: float) -> Statistic[tuple[Cut | Non
     cut: Cut | None = None
     if select_topk < 1.0:
         (varying,) = yield from totals(lambda block: [block.xp.count_nonzero(_variance(block))])
-        (cut,) = yield from largest(lambda block: [_variance(block)], [int(varying * select_topk)])
+        (cut,) = yield from largest(lambda block: [_variance(block)], [int(varying * select_topk)], scope)
     energies = yield from totals(lambda block: [_energy(block, delta) for delta in _selected(block, cut)])
     return cut, [energy / scope.size for energy in energies]
 

@@ -110,7 +110,7 @@ def _cuts(scope: Scope, counts: Sequence[int]) -> Statistic[list[Cut]]:
     found = []
     if asked:
         found = yield from largest(
-            lambda block: [block.xp.abs(block.deltas[i]) for i in asked], [counts[i] for i in asked]
+            lambda block: [block.xp.abs(block.deltas[i]) for i in asked], [counts[i] for i in asked], scope
         )
     cuts = dict(zip(asked, found, strict=True))
     return [cuts.get(i, _ALL if count else _NONE) for i, count in enumerate(counts)]

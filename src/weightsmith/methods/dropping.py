@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from weightsmith.errors import MethodError
-from weightsmith.methods.block import Array, Block, Scope, Statistic, Sweep
+from weightsmith.methods.block import Array, Block, Scope, Statistic, rank_in_rows
 from weightsmith.methods.deltas import Density, Int8Mask, Lambda, Normalize, Scoped, Weight, combine, l1_ratios
 from weightsmith.methods.registry import Granularity, Param, PerModel, method
+from weightsmith.methods.statistics import leading_bits
 
 Rescale = Annotated[bool, Param("make up for what was dropped")]
 RescaleBy = Annotated[
@@ -140,11 +141,8 @@ def _della_statistic(
     if trim_scope != "row":
         from weightsmith.kernels import select
 
-        def histograms(block: Block) -> Any:
-            return select.histograms([block.xp.abs(delta) for delta in block.deltas], [0] * scope.models, 0)
-
-        found = yield Sweep(histograms, select.add)
-        tables = [select.rank_table(histogram) for histogram in found[0][1]] if found else []
+        found = yield from leading_bits(lambda block: [block.xp.abs(delta) for delta in block.deltas], scope)
+        tables = [select.rank_table(counts) for counts in found]
     scales = [1.0] * scope.models
     if rescale and rescale_by == "l1":
         scales = yield from l1_ratios(
@@ -171,10 +169,8 @@ def _della_kept(
 def _rank_in_row(block: Block, delta: Array) -> Array:
     """Return the rank of each magnitude within its row, from 0 (smallest) to 1; 0.5 in a row of one."""
     xp = block.xp
-    order = xp.argsort(xp.abs(delta), axis=-1, stable=True)
-    rank = xp.astype(xp.argsort(order, axis=-1, stable=True), delta.dtype)
     length = delta.shape[-1]
-    return rank / (length - 1) if length > 1 else xp.full_like(delta, 0.5)
+    return rank_in_rows(xp, xp.abs(delta)) / (length - 1) if length > 1 else xp.full_like(delta, 0.5)
 
 
 def _rank_by_table(block: Block, delta: Array, table: Array) -> Array:

@@ -55,7 +55,7 @@ def _threshold(scope: Scope) -> Statistic[float]:
     def thrice(block: Block) -> list[Array]:
         return [_importance(block)] * 3
 
-    lower, median, upper = [cut.value for cut in (yield from largest(thrice, ranks))]
+    lower, median, upper = [cut.value for cut in (yield from largest(thrice, ranks, scope))]
     return median + 1.5 * (upper - lower)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.methods.block import Array, Block, Statistic, Sweep
+from weightsmith.methods.block import Array, Block, Scope, Statistic, Sweep
+from weightsmith.methods.sweeps import Equal, Histograms, Numbers, Patterns, Within
 
 _EVERYWHERE = 2**62
 
@@ -26,7 +27,7 @@ def totals(values: Callable[[Block], Sequence[Any]]) -> Statistic[list[float]]:
     Returns:
         One float per number.
     """
-    rows = yield Sweep(lambda block: [float(value) for value in values(block)])
+    rows = yield Sweep(Numbers(values))
     return [_sum(column) for column in zip(*rows, strict=True)]
 
 
@@ -45,12 +46,12 @@ def gram(vectors: Callable[[Block], Sequence[Array]]) -> Statistic[list[list[flo
         vectors: gives the block's stretch of each of the n vectors.
     """
 
-    def products(block: Block) -> list[float]:
+    def products(block: Block) -> list[Any]:
         xp = block.xp
         wide = [xp.astype(vector, xp.float64) for vector in vectors(block)]
-        return [float(xp.sum(wide[i] * wide[j])) for i in range(len(wide)) for j in range(i + 1)]
+        return [xp.sum(wide[i] * wide[j]) for i in range(len(wide)) for j in range(i + 1)]
 
-    rows = yield Sweep(products)
+    rows = yield Sweep(Numbers(products))
     if not rows:
         return []
     flat = [_sum(column) for column in zip(*rows, strict=True)]
@@ -88,63 +89,133 @@ class Cut:
         return (values > self.value) | ((values == self.value) & (block.positions <= self.last))
 
 
-def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -> Statistic[list[Cut]]:
+# Scopes up to this size are gathered whole; larger ones are sampled first.
+_SMALL_SCOPE = 1 << 17
+# Values that may be held for a selection: 32 MB of float32.
+_MOST_GATHERED = 1 << 23
+_EVERY_PATTERN = (0, 2**64 - 1)
+
+
+def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], scope: Scope) -> Statistic[list[Cut]]:
     """Find, exactly and without sorting, the boundary of the k largest values of a scope.
 
-    A radix selection: non-negative floats order as their bit patterns do, so histograms of 16 bits at a time,
-    from the top, narrow the k-th value down to one pattern in two sweeps (four in float64). Where only some of
-    the values equal to it are kept, a third sweep counts them per block, and a last one visits the block in
-    which the boundary lies.
+    A sample tells in which narrow range the k-th value must lie; one sweep counts what lies above the range and
+    gathers what lies within it, and the k-th value is found among those. Where the sample misled, or too much lies
+    within the range, 16 bits at a time of the value's bit pattern are found by histograms instead, in two
+    sweeps (four in float64).
 
     Args:
         values: gives for a block one array of non-negative numbers per selection, in the blocks' shape. NaN
             orders above infinity and is itself never kept.
         counts: k per selection, ``0 <= k <= size of the scope``.
+        scope: what the selection ranges over.
 
     Returns:
         One :class:`Cut` per selection.
     """
+    asked = [i for i, count in enumerate(counts) if 0 < count <= scope.size]
+    found: dict[int, Cut] = {}
+    if asked:
+        wanted = [counts[i] for i in asked]
+        cuts = yield from _cuts(lambda block: _chosen(values(block), asked), wanted, scope)
+        found = dict(zip(asked, cuts, strict=True))
+    return [found.get(i, _NOTHING) for i in range(len(counts))]
+
+
+_NOTHING = Cut(math.inf, -1)
+
+
+def _chosen(values: Sequence[Array], indices: Sequence[int]) -> list[Array]:
+    return [values[i] for i in indices]
+
+
+def _cuts(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], scope: Scope) -> Statistic[list[Cut]]:
+    from weightsmith.kernels import select
+
+    ranges = [_EVERY_PATTERN] * len(counts)
+    if scope.size > _SMALL_SCOPE:
+        runs = yield Sweep(Patterns(values), sampled=True)
+        ranges = [select.bracket([run[i] for run in runs], count, scope.size) for i, count in enumerate(counts)]
+    limit = _MOST_GATHERED // len(counts)
+
+    def join(one: list[select.Gathered], other: list[select.Gathered]) -> list[select.Gathered]:
+        return [a.add(b, limit) for a, b in zip(one, other, strict=True)]
+
+    ((*gathered,),) = yield Sweep(Within(values, ranges), join)
+    cuts: list[Cut | None] = []
+    for i, count in enumerate(counts):
+        found = select.find(gathered[i], count)
+        if found is None:
+            cuts.append(None)
+            continue
+        value = select.value_of(found.pattern, found.width)
+        if math.isnan(value):
+            # More NaNs than entries to keep: nothing else is kept, and NaN equals nothing to count.
+            cuts.append(_NOTHING)
+        elif found.block is None:
+            cuts.append(Cut(value, _EVERYWHERE))
+        else:
+            cuts.append(Cut(value, (yield from _last_kept(values, i, found.pattern, *found.block))))
+    missed = [i for i, cut in enumerate(cuts) if cut is None]
+    if missed:
+        by_digits = yield from _radix(lambda block: _chosen(values(block), missed), [counts[i] for i in missed])
+        for i, cut in zip(missed, by_digits, strict=True):
+            cuts[i] = cut
+    return [cut for cut in cuts if cut is not None]
+
+
+def _radix(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -> Statistic[list[Cut]]:
+    """Find the boundaries by histograms of 16 bits at a time, from the top."""
     from weightsmith.kernels import select
 
     prefixes = [0] * len(counts)
     wanted = list(counts)
     equal = [0] * len(counts)
-    bits = 16
+    bits = select.DIGIT
     level = 0
 
-    def histograms(block: Block) -> select.Counted:
-        return select.histograms(values(block), prefixes, level)
-
-    while level * 16 < bits:
-        found = yield Sweep(histograms, select.add)
-        if not found:
-            return [Cut(math.inf, -1) for _ in counts]
-        bits, combined = found[0]
-        for i, histogram in enumerate(combined):
+    while level * select.DIGIT < bits:
+        ((bits, *histograms),) = yield Sweep(Histograms(values, tuple(prefixes), level), _add)
+        for i, histogram in enumerate(histograms):
             digit, wanted[i], equal[i] = select.bucket(histogram, wanted[i])
-            prefixes[i] = (prefixes[i] << 16) | digit
+            prefixes[i] = (prefixes[i] << select.DIGIT) | digit
         level += 1
     cuts = []
-    for i, count in enumerate(counts):
+    for i in range(len(counts)):
         value = select.value_of(prefixes[i], bits)
-        if count == 0:
-            cuts.append(Cut(math.inf, -1))
-        elif math.isnan(value):
-            # More NaNs than entries to keep: nothing else is kept, and NaN equals nothing to count.
-            cuts.append(Cut(math.inf, -1))
+        if math.isnan(value):
+            cuts.append(_NOTHING)
         elif wanted[i] == equal[i]:
             cuts.append(Cut(value, _EVERYWHERE))
         else:
-            cuts.append(Cut(value, (yield from _tie(values, i, value, wanted[i]))))
+            per_block = yield Sweep(Numbers(_equal(values, i, value)))
+            place = select.place_of([int(count) for (count,) in per_block], wanted[i])
+            cuts.append(Cut(value, (yield from _last_kept(values, i, prefixes[i], *place))))
     return cuts
 
 
-def _tie(values: Callable[[Block], Sequence[Array]], which: int, value: float, wanted: int) -> Statistic[int]:
-    """Return the position of the wanted-th element (counted from 1) that equals the value."""
-    per_block = yield Sweep(lambda block: int(block.xp.count_nonzero(values(block)[which] == value)))
-    index = 0
-    while per_block[index] < wanted:
-        wanted -= per_block[index]
-        index += 1
-    found = yield Sweep(lambda block: int(block.positions[values(block)[which] == value][wanted - 1]), only=index)
-    return int(found[0])
+def leading_bits(values: Callable[[Block], Sequence[Array]], scope: Scope) -> Statistic[list[Any]]:
+    """Count values by the leading 16 bits of their bit patterns: 65,536 counts for each array that values gives.
+
+    Args:
+        values: gives arrays of non-negative numbers in the blocks' shape, one for each model.
+        scope: what the counts range over.
+    """
+    found = yield Sweep(Histograms(values, (0,) * scope.models, 0), _add)
+    return list(found[0][1:]) if found else []
+
+
+def _add(one: list[Any], other: list[Any]) -> list[Any]:
+    return [one[0], *(a + b for a, b in zip(one[1:], other[1:], strict=True))]
+
+
+def _equal(values: Callable[[Block], Sequence[Array]], which: int, value: float) -> Callable[[Block], list[Any]]:
+    return lambda block: [block.xp.count_nonzero(values(block)[which] == value)]
+
+
+def _last_kept(
+    values: Callable[[Block], Sequence[Array]], which: int, pattern: int, block: int, wanted: int
+) -> Statistic[int]:
+    """Return the position of the wanted-th element of a block (counted from 1) that has the pattern."""
+    found = yield Sweep(Equal(lambda block: [values(block)[which]], pattern), only=block)
+    return int(found[0][wanted - 1])

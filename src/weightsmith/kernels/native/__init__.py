@@ -1,0 +1,78 @@
+"""The compiled part: one shared library, built from ``machine.c`` for several levels of the instruction set.
+
+It is plain C behind ctypes, which lets go of the interpreter's lock during a call, needs no headers of any Python,
+and costs nothing at start-up. Where it was not built, everything runs on NumPy, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+LIBRARY = Path(__file__).with_name(f"weightsmith_kernels.{_SUFFIX}")
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled kernels of the best level that this processor runs.
+
+    Attributes:
+        level: 0 for the baseline of the processor's family; on x86-64 also 3 (AVX2) and 4 (AVX-512).
+        operations: name of an operation -> its number.
+        run: see ``ws_run`` in ``machine.c``.
+    """
+
+    level: int
+    operations: Mapping[str, int]
+    run: Callable[..., int]
+
+
+@cache
+def library() -> Library | None:
+    """Load the kernels, or return None where there are none.
+
+    The environment variable ``WEIGHTSMITH_KERNELS`` chooses: ``numpy`` for none, or a level's number for that
+    level and no higher one.
+    """
+    wanted = os.environ.get("WEIGHTSMITH_KERNELS", "")
+    if wanted == "numpy" or not LIBRARY.exists():
+        return None
+    try:
+        loaded = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    level = loaded.ws_level()
+    if wanted.isdigit():
+        level = max((known for known in (0, 3, 4) if known <= min(level, int(wanted))), default=0)
+    return _of_level(loaded, level)
+
+
+def levels() -> list[Library]:
+    """Return the kernels of every level that this processor runs, for tests that compare them."""
+    if library() is None:
+        return []
+    loaded = ctypes.CDLL(str(LIBRARY))
+    return [_of_level(loaded, level) for level in (0, 3, 4) if level <= loaded.ws_level()]
+
+
+def _of_level(loaded: Any, level: int) -> Library:
+    name_of = loaded[f"ws_name_{level}"]
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_int64]
+    operations: dict[str, int] = {}
+    while (name := name_of(len(operations))) is not None:
+        operations[name.decode()] = len(operations)
+    run = loaded[f"ws_run_{level}"]
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    run.restype = ctypes.c_int
+    run.argtypes = [
+        *(address, number, number, number, number, number, number, address, address),
+        *(address, number, address, number, address, address, number, number),
+    ]
+    return Library(level, operations, run)

@@ -1,0 +1,427 @@
+"""Symbolic arrays: a method that runs on them leaves behind the program of what it computes.
+
+A method is written once, against the array API. Run on these arrays it computes nothing; every operation is recorded,
+equal ones once, and :mod:`weightsmith.kernels.program` turns the record into one fused loop. What cannot be recorded
+(a value that Python must know, a function that is not among those here) raises :class:`Untraceable`, and the method
+runs on NumPy, as it is written.
+
+The namespace follows the array API as far as it goes, and NumPy where that leaves a choice: a Python number takes the
+dtype of the array it meets.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from weightsmith.dtypes import DType
+
+Kind = Literal["f32", "f64", "m32"]
+
+_KINDS: dict[DType, Kind] = {
+    np.dtype(np.float32): "f32",
+    np.dtype(np.float64): "f64",
+    np.dtype(np.bool_): "m32",
+}
+_DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
+
+
+class Untraceable(Exception):
+    """An operation has no place in a fused program."""
+
+
+class Unknown:
+    """A length that is not known while a method is recorded: programs run on stretches of any length."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise Untraceable("the number of elements is not known")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __bool__ = __int__ = __index__ = __float__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Total:
+    """A number over a whole stretch: a sum or a count.
+
+    Attributes:
+        operation: ``sum``, ``dot`` or ``count``.
+        operands: what is summed, multiplied and summed, or counted.
+    """
+
+    def __init__(self, operation: str, operands: tuple[Lazy, ...]) -> None:
+        self.operation = operation
+        self.operands = operands
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise Untraceable(f"a total has no {name}")
+
+    def __float__(self) -> NoReturn:
+        raise Untraceable("totals are not known while a method is recorded")
+
+    __int__ = __bool__ = __float__
+
+
+class Lazy:
+    """A symbolic array: the result of one operation on others.
+
+    Attributes:
+        operation: the name of the operation, without its type.
+        operands: the arrays it works on.
+        numbers: its immediate operands, two 64-bit integers.
+        kind: what its elements are: float32, float64 or a mask.
+        single: whether it is one value for the whole tile: a constant, or a value for each row.
+    """
+
+    # NumPy's own functions must not take these for sequences of objects.
+    __array_ufunc__ = None
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        operation: str,
+        operands: tuple[Lazy, ...],
+        kind: Kind,
+        single: bool,
+        numbers: tuple[int, int] = (0, -1),
+    ) -> None:
+        self.recorder = recorder
+        self.operation = operation
+        self.operands = operands
+        self.kind = kind
+        self.single = single
+        self.numbers = numbers
+
+    def __array_namespace__(self, api_version: str | None = None) -> Recorder:
+        return self.recorder
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        raise Untraceable("values are not known while a method is recorded")
+
+    def __bool__(self) -> NoReturn:
+        raise Untraceable("values are not known while a method is recorded")
+
+    __int__ = __float__ = __index__ = __iter__ = __len__ = __getitem__ = __setitem__ = __bool__
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype of the elements."""
+        return _DTYPES[self.kind]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """The shape; the first length is unknown."""
+        if self.recorder.columns is None:
+            return () if self.single else (Unknown(),)
+        return (Unknown(), 1 if self.single else self.recorder.columns)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __neg__(self) -> Lazy:
+        return self.recorder.record("neg", _floats(self))
+
+    def __abs__(self) -> Lazy:
+        return self.recorder.abs(self)
+
+    def __invert__(self) -> Lazy:
+        return self.recorder.record("not", _masks(self))
+
+    def __add__(self, other: Any) -> Lazy:
+        return self.recorder.arithmetic("add", self, other)
+
+    def __radd__(self, other: Any) -> Lazy:
+        return self.recorder.arithmetic("add", other, self)
+
+    def __sub__(self, other: Any) -> Lazy:
+        return self.recorder.arithmetic("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Lazy:
+        return self.recorder.arithmetic("sub", other, self)
+
+    def __mul__(self, other: Any) -> Lazy:
+        return self.recorder.multiply(self, other)
+
+    def __rmul__(self, other: Any) -> Lazy:
+        return self.recorder.multiply(other, self)
+
+    def __truediv__(self, other: Any) -> Lazy:
+        return self.recorder.arithmetic("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Lazy:
+        return self.recorder.arithmetic("div", other, self)
+
+    def __lt__(self, other: Any) -> Lazy:
+        return self.recorder.compare("lt", self, other)
+
+    def __le__(self, other: Any) -> Lazy:
+        return self.recorder.compare("le", self, other)
+
+    def __gt__(self, other: Any) -> Lazy:
+        return self.recorder.compare("lt", other, self)
+
+    def __ge__(self, other: Any) -> Lazy:
+        return self.recorder.compare("le", other, self)
+
+    def __eq__(self, other: Any) -> Lazy:  # type: ignore[override]
+        return self.recorder.compare("eq", self, other)
+
+    def __ne__(self, other: Any) -> Lazy:  # type: ignore[override]
+        return self.recorder.compare("ne", self, other)
+
+    __hash__ = object.__hash__
+
+    def __and__(self, other: Any) -> Lazy:
+        return self.recorder.record("and", _masks(self, other))
+
+    def __or__(self, other: Any) -> Lazy:
+        return self.recorder.record("or", _masks(self, other))
+
+    def __xor__(self, other: Any) -> Lazy:
+        return self.recorder.record("xor", _masks(self, other))
+
+
+class Positions:
+    """The indices of a block's elements in the scope: all that can be asked is which are at or below a number."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __le__(self, last: int) -> Lazy:
+        return self.recorder.record("position_le", (), kind="m32", numbers=(int(last), 0))
+
+
+class Recorder:
+    """The namespace of symbolic arrays, and the record of their operations."""
+
+    float32 = np.dtype(np.float32)
+    float64 = np.dtype(np.float64)
+
+    def __init__(self, columns: int | None) -> None:
+        """Start a record.
+
+        Args:
+            columns: length of a row where blocks are rows, None where they are any elements.
+        """
+        self.columns = columns
+        self._known: dict[Any, Lazy] = {}
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise Untraceable(f"{name} has no place in a fused program")
+
+    # -- what makes arrays ----------------------------------------------------------------------------------
+
+    def record(
+        self,
+        operation: str,
+        operands: Sequence[Lazy],
+        *,
+        kind: Kind | None = None,
+        single: bool | None = None,
+        numbers: tuple[int, int] = (0, -1),
+    ) -> Lazy:
+        """Record an operation, or return its result where it is recorded already.
+
+        Args:
+            operation: the name, without its type.
+            operands: the arrays it works on.
+            kind: of the result; by default that of the last operand.
+            single: whether the result is one value a tile; by default it is where all operands are.
+            numbers: immediate operands.
+        """
+        operands = tuple(operands)
+        kind = kind or operands[-1].kind
+        if single is None:
+            single = bool(operands) and all(operand.single for operand in operands)
+        key = (operation, kind, numbers, single, *map(id, operands))
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = Lazy(self, operation, operands, kind, single, numbers)
+        return found
+
+    def constant(self, value: Any, kind: Kind) -> Lazy:
+        """Return a number as an array of one value."""
+        if isinstance(value, np.generic) or not isinstance(value, int | float):
+            # A NumPy scalar brings a dtype of its own.
+            raise Untraceable(f"{type(value).__name__} is neither an array nor a Python number")
+        if kind == "m32":
+            raise Untraceable("there are no constant masks")
+        (bits,) = struct.unpack("<q", struct.pack("<d", float(value)))
+        return self.record("constant", (), kind=kind, single=True, numbers=(bits, -1))
+
+    # -- operators ------------------------------------------------------------------------------------------
+
+    def arithmetic(self, operation: str, left: Any, right: Any) -> Lazy:
+        """Record an operation on two numbers."""
+        return self.record(operation, self._promoted(left, right))
+
+    def multiply(self, left: Any, right: Any) -> Lazy:
+        """Record a product; a mask counts as 0 and 1."""
+        for value, mask in ((left, right), (right, left)):
+            if isinstance(mask, Lazy) and mask.kind == "m32" and isinstance(value, Lazy) and value.kind != "m32":
+                if mask.single:
+                    break
+                return self.record("gate", (value, mask), kind=value.kind, single=False)
+        for value, factor in ((left, right), (right, left)):
+            if isinstance(value, Lazy) and value.kind != "m32" and type(factor) in (int, float) and factor == 1:
+                return value
+        return self.arithmetic("mul", left, right)
+
+    def compare(self, operation: str, left: Any, right: Any) -> Lazy:
+        """Record a comparison: a mask."""
+        one, other = self._promoted(left, right)
+        return self.record(operation, (one, other), kind="m32")
+
+    def _promoted(self, left: Any, right: Any) -> tuple[Lazy, Lazy]:
+        kinds = [value.kind for value in (left, right) if isinstance(value, Lazy)]
+        wanted: Kind = "f64" if "f64" in kinds else "f32"
+        if "f32" not in kinds and "f64" not in kinds:
+            raise Untraceable("arithmetic on masks")
+        return self._as(left, wanted), self._as(right, wanted)
+
+    def _as(self, value: Any, kind: Kind) -> Lazy:
+        if not isinstance(value, Lazy):
+            return self.constant(value, kind)
+        if value.kind == kind:
+            return value
+        if value.kind == "m32":
+            return self.record("float", (value,), kind=kind)
+        if kind == "f64":
+            if value.operation == "constant":
+                raise Untraceable("a rounded constant that is widened")
+            return self.record("widen", (value,), kind="f64")
+        if kind == "f32":
+            return self.record("narrow", (value,), kind="f32")
+        raise Untraceable("numbers as masks")
+
+    # -- functions of the array API -------------------------------------------------------------------------
+
+    def astype(self, x: Lazy, dtype: DType, *, copy: Any = True) -> Lazy:
+        """Convert to another dtype."""
+        kind = _KINDS.get(np.dtype(dtype))
+        if kind is None:
+            raise Untraceable(f"no arrays of {dtype}")
+        return self._as(x, kind)
+
+    def abs(self, x: Lazy) -> Lazy:
+        """Return magnitudes."""
+        return self.record("abs", _floats(x))
+
+    def sqrt(self, x: Lazy) -> Lazy:
+        """Return square roots."""
+        return self.record("sqrt", _floats(x))
+
+    def exp(self, x: Lazy) -> Lazy:
+        """Return e to the power of float64 values."""
+        return self.record("exp", _doubles(x))
+
+    def log(self, x: Lazy) -> Lazy:
+        """Return natural logarithms of float64 values."""
+        return self.record("log", _doubles(x))
+
+    def isnan(self, x: Lazy) -> Lazy:
+        """Return where values are NaN."""
+        return self.record("isnan", _floats(x), kind="m32")
+
+    def isfinite(self, x: Lazy) -> Lazy:
+        """Return where values are neither NaN nor infinite."""
+        return self.record("isfinite", _floats(x), kind="m32")
+
+    def minimum(self, x: Any, y: Any) -> Lazy:
+        """Return the lesser of two values, NaN where one is NaN."""
+        one, other = self._promoted(x, y)
+        return self.record("min", (other, one) if one.single else (one, other))
+
+    def maximum(self, x: Any, y: Any) -> Lazy:
+        """Return the greater of two values, NaN where one is NaN."""
+        one, other = self._promoted(x, y)
+        return self.record("max", (other, one) if one.single else (one, other))
+
+    def clip(self, x: Lazy, min: Any = None, max: Any = None) -> Lazy:
+        """Return values moved into a range."""
+        for bound in (min, max):
+            if bound is not None and not isinstance(bound, int | float):
+                raise Untraceable("a range that is not of numbers")
+        found = x if min is None else self.maximum(x, min)
+        return found if max is None else self.minimum(found, max)
+
+    def where(self, condition: Lazy, x: Any, y: Any) -> Lazy:
+        """Return one value where a mask is set, another where it is not."""
+        (condition,) = _masks(condition)
+        one, other = self._promoted(x, y)
+        if condition.single and not (one.single and other.single):
+            raise Untraceable("one condition for many elements")
+        return self.record("where", (condition, one, other), single=condition.single)
+
+    def zeros_like(self, x: Lazy) -> Lazy:
+        """Return zeros."""
+        return self.full_like(x, 0.0)
+
+    def ones_like(self, x: Lazy) -> Lazy:
+        """Return ones."""
+        return self.full_like(x, 1.0)
+
+    def full_like(self, x: Lazy, fill_value: float) -> Lazy:
+        """Return a value everywhere."""
+        return self.constant(fill_value, x.kind)
+
+    def sum(self, x: Lazy, *, axis: int | None = None, keepdims: Any = False) -> Any:
+        """Sum float64 values, over everything or along the rows."""
+        (x,) = _doubles(x)
+        if x.single:
+            raise Untraceable("a sum of single values")
+        if axis is None:
+            if x.operation == "mul" and not any(part.single for part in x.operands):
+                return Total("dot", tuple(_narrowest(part) for part in x.operands))
+            return Total("sum", (_narrowest(x),))
+        return self._along_rows("row_sum", x, axis, keepdims)
+
+    def max(self, x: Lazy, *, axis: int | None = None, keepdims: Any = False) -> Lazy:
+        """Return the greatest value of each row."""
+        return self._along_rows("row_max", _floats(x)[0], axis, keepdims)
+
+    def count_nonzero(self, x: Lazy, *, axis: None = None) -> Total:
+        """Count what is neither zero nor false."""
+        if axis is not None or x.single:
+            raise Untraceable("counts along an axis")
+        return Total("count", (x,))
+
+    def _along_rows(self, operation: str, x: Lazy, axis: int | None, keepdims: Any) -> Lazy:
+        if self.columns is None or x.single or axis not in (-1, 1) or not keepdims:
+            raise Untraceable("a reduction that is not along the rows")
+        return self.record(operation, (x,), single=True)
+
+    def rank_in_rows(self, magnitudes: Lazy) -> Lazy:
+        """Return the rank of every non-negative value within its row, from 0; equal ones by position."""
+        if self.columns is None or magnitudes.kind != "f32" or magnitudes.single:
+            raise Untraceable("ranks are those of float32 values in rows")
+        return self.record("row_rank", (magnitudes,))
+
+
+def _narrowest(x: Lazy) -> Lazy:
+    # Sums run in float64 whatever they are given; float32 need not be widened beforehand.
+    return x.operands[0] if x.operation == "widen" else x
+
+
+def _floats(x: Any) -> tuple[Lazy]:
+    if not isinstance(x, Lazy) or x.kind == "m32":
+        raise Untraceable("a number is needed")
+    return (x,)
+
+
+def _doubles(x: Any) -> tuple[Lazy]:
+    if not isinstance(x, Lazy) or x.kind != "f64":
+        raise Untraceable("a float64 value is needed")
+    return (x,)
+
+
+def _masks(*values: Any) -> tuple[Lazy, ...]:
+    for value in values:
+        if not isinstance(value, Lazy) or value.kind != "m32":
+            raise Untraceable("masks are needed")
+    return values
