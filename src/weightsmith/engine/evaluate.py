@@ -304,7 +304,7 @@ class _Visit:
 
 # A sample: so many elements in a run, one run for so many elements of the scope, and bounds on the number of runs.
 _RUN = 512
-_SAMPLE_EVERY = 1 << 15
+_SAMPLE_EVERY = 1 << 17
 _LEAST_RUNS, _MOST_RUNS = 32, 4096
 _RUNS_AT_A_TIME = 16
 

@@ -173,21 +173,21 @@ class Program:
         reads, writes, finds = _pointers(inputs), _pointers(outputs), _pointers(found)
         room = np.array([len(array) for array in found], np.int64)
         failed = self._run(
-            self._code.ctypes.data,
+            _address(self._code),
             self._once,
             len(self._code),
             self._registers,
             self._item,
             self._tile,
             count,
-            reads.ctypes.data,
-            writes.ctypes.data,
-            sums.ctypes.data,
+            _address(reads),
+            _address(writes),
+            _address(sums),
             self._sums,
-            counts.ctypes.data,
+            _address(counts),
             self._counts,
-            finds.ctypes.data,
-            room.ctypes.data,
+            _address(finds),
+            _address(room),
             index,
             position,
         )
@@ -359,4 +359,9 @@ def _signed(pattern: int) -> int:
 
 
 def _pointers(arrays: Sequence[Array]) -> Array:
-    return np.array([array.ctypes.data for array in arrays], np.uint64)
+    return np.array([_address(array) for array in arrays], np.uint64)
+
+
+def _address(array: Array) -> int:
+    # A tenth of the time that array.ctypes.data takes.
+    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]

@@ -540,40 +540,25 @@ COUNT(m32)
 COUNT(f32)
 COUNT(f64)
 
-/* Selection by rank among non-negative values, whose bit patterns order as they do: counts[out] becomes the number
- * above y; those from x to y are put down one after the other as long as there is room; counts[b] is how many there
- * are. */
+/* Selection by rank among non-negative values, whose bit patterns order as they do: adds the number above y to
+ * counts[out], and puts those from x to y down behind the counts[b] that are there. Every value is put down, and what
+ * comes next takes the place of one that does not count: cheaper than a branch that is taken now and then. There is
+ * room for as many as the stretch has elements. */
 #define COLLECT(T, U)                                                    \
     static void collect_##T(const code *c, state *s) {                   \
-        const U *a = REGISTER(U, c->a);                                  \
-        const U low = (U)c->x, width = (U)c->y - (U)c->x;                \
-        U *to = (U *)s->found[c->c];                                     \
-        const int64_t room = s->room[c->c];                              \
-        int64_t next = s->counts[c->b], above = 0;                       \
-        len i = 0;                                                       \
-        for (; i + LANES <= s->n && next + LANES <= room; i += LANES) {  \
-            U within = 0, over = 0;                                      \
-            for (int l = 0; l < LANES; l++) {                            \
-                const U x = a[i + l] - low;                              \
-                within |= x <= width;                                    \
-                over += a[i + l] > low + width;                          \
-            }                                                            \
-            above += (int64_t)over;                                      \
-            if (!within) continue;                                       \
-            for (int l = 0; l < LANES; l++) {                            \
-                to[next] = a[i + l];                                     \
-                next += a[i + l] - low <= width;                         \
-            }                                                            \
+        const U *restrict a = REGISTER(U, c->a);                         \
+        const U low = (U)c->x, high = (U)c->y, width = high - low;       \
+        U *restrict to = (U *)s->found[c->c] + s->counts[c->b];          \
+        const len n = s->n;                                              \
+        U above = 0;                                                     \
+        for (len i = 0; i < n; i++) above += a[i] > high;                \
+        len next = 0;                                                    \
+        for (len i = 0; i < n; i++) {                                    \
+            to[next] = a[i];                                             \
+            next += a[i] - low <= width;                                 \
         }                                                                \
-        for (; i < s->n; i++) {                                          \
-            above += a[i] > low + width;                                 \
-            if (a[i] - low <= width) {                                   \
-                if (next < room) to[next] = a[i];                        \
-                next++;                                                  \
-            }                                                            \
-        }                                                                \
-        s->counts[c->out] += above;                                      \
-        s->counts[c->b] = next;                                          \
+        s->counts[c->out] += (int64_t)above;                             \
+        s->counts[c->b] += next;                                         \
     }
 COLLECT(f32, uint32_t)
 COLLECT(f64, uint64_t)
