@@ -44,6 +44,7 @@ def test_shards_are_read_by_their_index_or_without(tmp_path):
         ({"a": "/etc/passwd"}, UnsafeFileError, "not in its folder"),
         ({"a": "missing.safetensors"}, CheckpointError, "missing.safetensors"),
         ({"a": 3}, CheckpointError, "not an index"),
+        ({}, CheckpointError, "not an index"),
         ([1], CheckpointError, "not an index"),
     ],
 )
@@ -74,6 +75,40 @@ def test_a_link_out_of_the_folder_is_refused_but_for_the_hubs_cache(tmp_path):
     assert set(ws.open(snapshot)) == {"a"}
 
 
+def test_a_pipeline_in_the_hubs_cache_is_opened(tmp_path):
+    snapshot, blobs = tmp_path / "models--o--p" / "snapshots" / "0123", tmp_path / "models--o--p" / "blobs"
+    (snapshot / "unet").mkdir(parents=True)
+    blobs.mkdir()
+    write_safetensors(blobs / "abc", ONE)
+    (blobs / "index").write_text("{}")
+    (snapshot / "model_index.json").symlink_to("../../blobs/index")
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").symlink_to("../../../blobs/abc")
+    assert list(ws.open(snapshot)) == ["unet/a"]
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "additional_chat_templates/x.jinja", "model.safetensors.index.json"]
+)
+def test_no_file_beside_the_weights_may_be_a_link_out(tmp_path, file):
+    folder = tmp_path / "m"
+    (folder / file).parent.mkdir(parents=True)
+    write_safetensors(folder / "model.safetensors", ONE)
+    (tmp_path / "secret").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    (folder / file).symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsafeFileError, match="link out of its folder"):
+        ws.open(folder)
+
+
+@pytest.mark.parametrize("link", ["additional_chat_templates", "vae"])
+def test_no_folder_beside_the_weights_may_be_a_link_out(tmp_path, link):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    folder = pipeline(tmp_path / "m", 0)
+    (folder / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeFileError, match="link out of its folder"):
+        ws.open(folder)
+
+
 def test_numbers_in_names_order_as_numbers(tmp_path):
     write_safetensors(tmp_path / "m.safetensors", {f"layers.{i}.w": np.ones(1) for i in (10, 2, 1)})
     assert list(ws.open(tmp_path)) == ["layers.1.w", "layers.2.w", "layers.10.w"]
@@ -86,6 +121,32 @@ def test_second_copies_of_the_weights_and_files_of_the_training_run_are_left_out
     (tmp_path / "optimizer.pt").write_bytes(b"not read")
     (tmp_path / "training_args.bin").write_bytes(b"not read")
     assert set(ws.open(tmp_path)) == {"a"}
+
+
+def test_the_makers_own_layout_is_left_out_beside_that_of_transformers(tmp_path):
+    write_safetensors(tmp_path / "consolidated-00001-of-00001.safetensors", TWO)
+    write_safetensors(tmp_path / "model-00001-of-00001.safetensors", ONE)
+    assert list(ws.open(tmp_path)) == ["a"]
+    for stem, name in (("consolidated", "b"), ("model", "a")):
+        index = {"weight_map": {name: f"{stem}-00001-of-00001.safetensors"}}
+        (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    assert list(ws.open(tmp_path)) == ["a"]
+
+
+def test_the_makers_own_layout_is_read_where_there_is_no_other(tmp_path):
+    write_safetensors(tmp_path / "consolidated.safetensors", TWO)
+    assert list(ws.open(tmp_path)) == ["b"]
+
+
+def test_vocabularies_and_templates_travel_and_an_adapters_config_does_not(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", ONE)
+    for name in ("vocab.bpe", "bpe.codes", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "additional_chat_templates" / "folder").mkdir(parents=True)
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("x")
+    found = ws.open(tmp_path)
+    assert not found.is_adapter
+    assert set(found.companions.files) == {"vocab.bpe", "bpe.codes", "additional_chat_templates/rag.jinja"}
 
 
 def test_config_and_small_files_travel_and_code_and_readme_do_not(write_model):

@@ -23,11 +23,21 @@ from weightsmith.errors import CheckpointError, UnsafeFileError
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|random_states.*)\.[a-z]+$"
 )
+# The same weights in their makers' own layout, beside the one that transformers reads.
+_SECOND_COPIES = ("consolidated", "original")
 _COMPANION = re.compile(
-    r"^(?!README)(?:[\w.-]+\.(?:json|jinja|model|tiktoken|txt|spm|vocab)|merges\.txt|LICENSE.*|NOTICE.*)$"
+    r"^(?!README)(?:[\w.-]+\.(?:json|jinja|model|tiktoken|txt|spm|vocab)|vocab\.bpe|bpe\.codes|LICENSE.*|NOTICE.*)$"
 )
 _WEIGHT_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
-_NOT_COMPANIONS = {"config.json", "trainer_state.json", "training_args.json", "all_results.json"}
+# An adapter's config beside a whole model would make loaders look for the adapter.
+_NOT_COMPANIONS = {
+    "config.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "training_args.json",
+    "all_results.json",
+}
+_TEMPLATES = "additional_chat_templates"
 _LARGEST_TEXT = 64_000_000
 _LARGEST_COMPANION = 512_000_000
 
@@ -78,6 +88,7 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
         inner = list_folder(folder)
         if not inner:
             continue
+        _check_inside(path, entry)
         own = _companions(folder, inner, with_config=True)
         files |= {f"{entry}/{key}": file for key, file in own.files.items()}
         if any(_is_weights(file) for file in inner):
@@ -93,20 +104,21 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
 def _read_folder(path: str, entries: list[str]) -> Found:
     """Read the headers of a folder's weights; safetensors are preferred to pickles of the same model."""
     for ending in ("safetensors", "bin"):
-        indexes = [e for e in entries if _WEIGHT_INDEX.search(e) and f".{ending}.index" in e]
+        candidates = _first_copies([e for e in entries if f".{ending}" in e])
+        indexes = [e for e in candidates if _WEIGHT_INDEX.search(e)]
         plain = [e for e in indexes if e.endswith(f".{ending}.index.json")]
         if plain:
             return _read_indexed(path, plain[0])
-        single = [e for e in entries if re.fullmatch(rf"(pytorch_|diffusion_pytorch_|adapter_)?model\.{ending}", e)]
+        single = [e for e in candidates if re.fullmatch(rf"(pytorch_|diffusion_pytorch_|adapter_)?model\.{ending}", e)]
         if single:
             chosen = next((e for e in single if not e.startswith("adapter_")), single[0])
             return _read_files(path, [chosen])
         if indexes:
             return _read_indexed(path, indexes[0])
-        loose = [e for e in entries if e.endswith(f".{ending}") and _is_weights(e)]
+        loose = [e for e in candidates if e.endswith(f".{ending}") and _is_weights(e)]
         if ending == "safetensors" and loose:
             return _read_files(path, _one_variant(loose))
-    pickles = [e for e in entries if _is_weights(e)]
+    pickles = _first_copies([e for e in entries if _is_weights(e)])
     if pickles:
         return _read_files(path, pickles)
     shown = ", ".join(entries[:8]) + (" …" if len(entries) > 8 else "")
@@ -119,25 +131,25 @@ def _is_weights(entry: str) -> bool:
     return entry.endswith(WEIGHT_FILES)
 
 
+def _first_copies(files: list[str]) -> list[str]:
+    """Leave out the second copies and their indexes, unless there are no other weights."""
+    first = [file for file in files if not file.startswith(_SECOND_COPIES)]
+    return first if any(_is_weights(file) for file in first) else files
+
+
 def _one_variant(files: list[str]) -> list[str]:
-    """Leave out a second copy of the same weights: precision variants, and one-file forms beside shards."""
+    """Leave out precision variants, and one-file forms beside shards."""
     shards = [file for file in files if re.search(r"-\d+-of-\d+\.", file)]
     if shards:
         return shards
     plain = [file for file in files if not re.search(r"\.(fp16|fp32|bf16|non_ema)\.safetensors$", file)]
-    chosen = plain or files[:1]
-    models = [file for file in chosen if not file.startswith(("consolidated", "original"))]
-    return models or chosen
+    return plain or files[:1]
 
 
 def _read_indexed(path: str, index: str) -> Found:
-    text = read_text(join(path, index))
-    try:
-        mapping = json.loads(text)["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{join(path, index)} is not an index: it has no weight_map") from error
-    if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
-        raise CheckpointError(f"{join(path, index)} is not an index: its weight_map does not map names to files")
+    mapping = _read_json(path, index).get("weight_map")
+    if not mapping or not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
+        raise CheckpointError(f"{join(path, index)} is not an index: it has no weight_map from names to files")
     files = sorted(set(mapping.values()))
     for file in files:
         if "/" in file or "\\" in file or file in ("", ".", ".."):
@@ -175,8 +187,10 @@ def _check_inside(path: str, file: str) -> None:
     folder = Path(os.path.realpath(path))
     if real.is_relative_to(folder):
         return
-    if folder.parent.name == "snapshots" and real.is_relative_to(folder.parent.parent / "blobs"):
-        return
+    # models--org--name/snapshots/COMMIT, and a pipeline's components in it, link to models--org--name/blobs.
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots" and real.is_relative_to(snapshot.parent.parent / "blobs"):
+            return
     raise UnsafeFileError(f"{os.path.join(path, file)} is a link out of its folder, to {real}")
 
 
@@ -191,46 +205,48 @@ def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in sorted(tensors, key=natural_order)}
 
 
-def read_text(path: str) -> str:
-    """Read a small text file, here or behind a URL."""
-    source = open_source(path)
+def _read_json(path: str, file: str) -> dict[str, Any]:
+    """Read a folder's JSON file that holds an object, here or behind a URL."""
+    _check_inside(path, file)
+    where = join(path, file)
+    source = open_source(where)
     if source.size > _LARGEST_TEXT:
-        raise CheckpointError(f"{path} has {source.size:,} bytes; at most {_LARGEST_TEXT:,} are read")
+        raise CheckpointError(f"{where} has {source.size:,} bytes; at most {_LARGEST_TEXT:,} are read")
     try:
-        return bytes(source.read(0, source.size)).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not a text in UTF-8") from error
+        found = json.loads(bytes(source.read(0, source.size)).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON in UTF-8: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} does not hold a JSON object")
+    return found
 
 
 def _companions(path: str, entries: list[str], *, adapter: bool = False, with_config: bool = False) -> Companions:
-    config: Mapping[str, Any] = {}
     name = "adapter_config.json" if adapter else "config.json"
+    config: Mapping[str, Any] = {}
     if name in entries and not with_config:
-        config = read_json(join(path, name))
+        config = _read_json(path, name)
     files: dict[str, Path] = {}
     local = _local_copies(path)
     for entry in entries:
-        skip = (entry == name or entry in _NOT_COMPANIONS) and not (with_config and entry == "config.json")
-        if entry == "additional_chat_templates":
-            folder = join(path, entry)
-            files |= {f"{entry}/{inner}": _local_copies(folder)(inner) for inner in list_folder(folder)}
-        elif not skip and _COMPANION.match(entry) and not _WEIGHT_INDEX.search(entry):
-            file = local(entry)
-            if file.is_file() and file.stat().st_size <= _LARGEST_COMPANION:
-                _check_inside(path, entry)
-                files[entry] = file
+        skip = entry in _NOT_COMPANIONS and not (with_config and entry == "config.json")
+        if not skip and _COMPANION.match(entry) and not _WEIGHT_INDEX.search(entry):
+            _carry(files, path, entry, entry, local)
+    if _TEMPLATES in entries:
+        _check_inside(path, _TEMPLATES)
+        folder = join(path, _TEMPLATES)
+        local = _local_copies(folder)
+        for entry in list_folder(folder):
+            if entry.endswith(".jinja"):
+                _carry(files, folder, entry, f"{_TEMPLATES}/{entry}", local)
     return Companions(config, files)
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object."""
-    try:
-        found = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return found
+def _carry(files: dict[str, Path], folder: str, entry: str, name: str, local: Callable[[str], Path]) -> None:
+    _check_inside(folder, entry)
+    file = local(entry)
+    if file.is_file() and file.stat().st_size <= _LARGEST_COMPANION:
+        files[name] = file
 
 
 def _local_copies(path: str) -> Callable[[str], Path]:
