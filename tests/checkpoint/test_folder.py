@@ -178,6 +178,11 @@ def test_nothing_to_open_is_said_plainly(tmp_path, make, message):
         ws.open(tmp_path / "m.x")
 
 
+def test_a_revision_of_a_folder_is_refused_not_ignored(write_model):
+    with pytest.raises(CheckpointError, match="leave out @v2"):
+        ws.open(f"{write_model('m', ONE)}@v2")
+
+
 def pipeline(folder, seed):
     rng = np.random.default_rng(seed)
     for component, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):

@@ -9,6 +9,7 @@ from weightsmith.checkpoint.folder import open_weights
 from weightsmith.checkpoint.hub import is_hub_id, resolve
 from weightsmith.checkpoint.reference import Reference, parse_reference
 from weightsmith.checkpoint.storage import is_url
+from weightsmith.errors import CheckpointError
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -35,5 +36,9 @@ def open_checkpoint(reference: str | os.PathLike[str] | Reference) -> Checkpoint
 def _locate(reference: Reference) -> str:
     path = os.path.expanduser(reference.path)
     if is_url(path) or os.path.exists(path) or not is_hub_id(path):
+        if reference.revision is not None:
+            raise CheckpointError(
+                f"{path} is no model on the hub, and only those have revisions: leave out @{reference.revision}"
+            )
         return path
     return resolve(path, reference.revision)
