@@ -87,46 +87,55 @@ def test_s3_is_read_by_ranges(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def web(write_model):
-    """A web server that answers ranges, and keeps count of the bytes that it sends."""
+def serve(write_model):
+    """Return a function that starts a web server of one file, and keeps count of the bytes that it sends."""
     folder = write_model("m", llama_tensors(0) | {"big": np.arange(200_000, dtype=np.float32)})
     content = (folder / "model.safetensors").read_bytes()
-    sent = []
+    servers = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+    def start(*, ranges=True):
+        sent = []
 
-        def do_HEAD(self):
-            self.do_GET()
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
 
-        def do_GET(self):
-            if self.path != "/models/m.safetensors":
-                self.send_error(404)
-                return
-            asked = self.headers.get("Range")
-            start, stop = 0, len(content)
-            if asked:
-                first, last = asked.removeprefix("bytes=").split("-")
-                start, stop = int(first), int(last) + 1
-            self.send_response(206 if asked else 200)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(stop - start))
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
-            self.end_headers()
-            if self.command == "GET":
-                sent.append(stop - start)
-                self.wfile.write(content[start:stop])
+            def do_HEAD(self):
+                self.do_GET()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/models", sent
-    server.shutdown()
+            def do_GET(self):
+                if "none" in self.path:
+                    self.send_error(404)
+                    return
+                asked = self.headers.get("Range") if ranges else None
+                start, stop = 0, len(content)
+                if asked:
+                    first, last = asked.removeprefix("bytes=").split("-")
+                    start, stop = int(first), int(last) + 1
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+                else:
+                    self.send_response(200)
+                if ranges:
+                    self.send_header("Accept-Ranges", "bytes")
+                self.send_header("Content-Length", str(stop - start))
+                self.end_headers()
+                if self.command == "GET":
+                    sent.append(stop - start)
+                    self.wfile.write(content[start:stop])
 
+        servers.append(server := ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}", sent
 
-def test_a_file_on_the_web_is_read_by_ranges(web, tmp_path):
     pytest.importorskip("aiohttp")
-    address, sent = web
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def test_a_file_on_the_web_is_read_by_ranges(serve):
+    address, sent = serve()
     opened = ws.open(f"{address}/m.safetensors")
     assert sum(sent) < 3000
     assert np.array_equal(opened["lm_head.weight"].numpy(), llama_tensors(0)["lm_head.weight"])
@@ -134,6 +143,31 @@ def test_a_file_on_the_web_is_read_by_ranges(web, tmp_path):
     assert np.array_equal(opened["big"].read(100, 200), np.arange(100, 200, dtype=np.float32))
     with pytest.raises(CheckpointError, match="nothing at"):
         ws.open(f"{address}/none.safetensors")
+
+
+@pytest.mark.parametrize("name", ["m.safetensors?download=true", "download?id=3"])
+def test_an_address_with_a_query_is_not_transferred_whole_to_see_whether_it_is_a_folder(serve, name):
+    address, sent = serve()
+    assert np.array_equal(ws.open(f"{address}/{name}")["big"].read(5, 9), [5, 6, 7, 8])
+    assert sum(sent) < 3000
+
+
+def test_a_server_without_ranges_is_said_plainly(serve):
+    address, _ = serve(ranges=False)
+    with pytest.raises(CheckpointError, match="does not serve ranges; download the file first"):
+        ws.open(f"{address}/m.safetensors")
+
+
+def test_a_remote_file_that_was_replaced_has_another_identity(memory, tmp_path):
+    """Same names, shapes and length: only the storage's own time or version tells."""
+    found = []
+    for value in (1, 2):
+        write_safetensors(tmp_path / "m.safetensors", {"a": np.full(4, value, np.float32)})
+        memory.put(str(tmp_path / "m.safetensors"), "/models/m.safetensors")
+        found.append(ws.open("memory://models/m.safetensors").identities[0])
+    assert found[0].header == found[1].header
+    assert found[0] != found[1]
+    assert found[1] == ws.open("memory://models/m.safetensors").identities[0]
 
 
 pytest.importorskip("huggingface_hub")

@@ -31,7 +31,8 @@ class Identity:
     Attributes:
         path: the file.
         size: its length in bytes.
-        modified: its modification time in nanoseconds, or 0 where the storage has none.
+        modified: its modification time in nanoseconds; behind a URL, a number that changes with the file, or 0
+            where the storage tells nothing of its version.
         header: a hash of its header (not of its data).
     """
 

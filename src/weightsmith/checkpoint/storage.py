@@ -7,6 +7,8 @@ import gc
 import os
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from weightsmith.errors import CheckpointError
 # Endings of files that hold weights.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_FILES = (".safetensors", *PICKLES)
+_WEB = ("http://", "https://")
+# Under which names fsspec's storages tell the version of a file, or when it was written.
+_VERSIONS = ("ETag", "etag", "mtime", "Last-Modified", "LastModified", "last_modified", "updated", "created")
 
 
 class Source(ABC):
@@ -26,7 +31,8 @@ class Source(ABC):
     Attributes:
         path: the file's path or URL, as errors name it.
         size: its length in bytes when it was opened.
-        modified: its modification time in nanoseconds, or 0 where the storage has none.
+        modified: its modification time in nanoseconds; behind a URL, a number that changes with the file, or 0
+            where the storage tells nothing of its version.
     """
 
     path: str
@@ -135,6 +141,7 @@ class RemoteSource(Source):
         if not isinstance(facts.get("size"), int):
             raise CheckpointError(f"{url} does not tell its length, so it cannot be read by ranges")
         self.size = facts["size"]
+        self.modified = _version(facts)
 
     def _read(self, start: int, stop: int) -> bytes:
         if start == stop:
@@ -143,7 +150,17 @@ class RemoteSource(Source):
             found = self._system.cat_file(self._key, start=start, end=stop)
         except Exception as error:
             raise CheckpointError(f"cannot read {self.path}: {type(error).__name__}: {error}") from error
+        if len(found) > stop - start:
+            raise CheckpointError(
+                f"asked for {stop - start:,} bytes of {self.path}, the server sent {len(found):,}: it does not serve "
+                "ranges; download the file first"
+            )
         return bytes(found)
+
+
+def _version(facts: Mapping[str, Any]) -> int:
+    told = next((facts[name] for name in _VERSIONS if facts.get(name)), None)
+    return 0 if told is None else int.from_bytes(blake2b(str(told).encode(), digest_size=7).digest(), "little")
 
 
 _SYSTEMS_LOCK = threading.Lock()
@@ -184,10 +201,12 @@ def list_folder(path: str) -> list[str]:
     if not is_url(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
     if path.endswith(WEIGHT_FILES):
-        # Asked to list a file, an HTTP server would send all of it.
         return []
     system, key = filesystem(path)
     try:
+        if path.startswith(_WEB) and system.info(key).get("mimetype") != "text/html":
+            # To list a web address is to load it and look for links: of a file, that would be all of it.
+            return []
         found = system.ls(key, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
