@@ -25,6 +25,7 @@ _NOT_WEIGHTS = re.compile(
 )
 # The same weights in their makers' own layout, beside the one that transformers reads.
 _SECOND_COPIES = ("consolidated", "original")
+_VARIANT = re.compile(r"\.(fp16|fp32|bf16|non_ema)(-\d+-of-\d+)?\.[a-z]+$")
 _COMPANION = re.compile(
     r"^(?!README)(?:[\w.-]+\.(?:json|jinja|model|tiktoken|txt|spm|vocab)|vocab\.bpe|bpe\.codes|LICENSE.*|NOTICE.*)$"
 )
@@ -91,7 +92,7 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
         _check_inside(path, entry)
         own = _companions(folder, inner, with_config=True)
         files |= {f"{entry}/{key}": file for key, file in own.files.items()}
-        if any(_is_weights(file) for file in inner):
+        if any(is_weights(file) for file in inner):
             found, facts = _read_folder(folder, inner)
             tensors |= {f"{entry}/{key}": tensor for key, tensor in found.items()}
             identities += facts
@@ -115,35 +116,44 @@ def _read_folder(path: str, entries: list[str]) -> Found:
             return _read_files(path, [chosen])
         if indexes:
             return _read_indexed(path, indexes[0])
-        loose = [e for e in candidates if e.endswith(f".{ending}") and _is_weights(e)]
+        loose = [e for e in candidates if e.endswith(f".{ending}") and is_weights(e)]
         if ending == "safetensors" and loose:
             return _read_files(path, _one_variant(loose))
-    pickles = _first_copies([e for e in entries if _is_weights(e)])
+    pickles = _first_copies([e for e in entries if is_weights(e)])
     if pickles:
         return _read_files(path, pickles)
     shown = ", ".join(entries[:8]) + (" …" if len(entries) > 8 else "")
     raise CheckpointError(f"{path} holds no weights (safetensors or PyTorch); there is: {shown}")
 
 
-def _is_weights(entry: str) -> bool:
-    if _NOT_WEIGHTS.match(entry):
-        return False
-    return entry.endswith(WEIGHT_FILES)
+def is_weights(entry: str) -> bool:
+    """Whether a file's name is that of weights, rather than of a training run's state."""
+    return entry.endswith(WEIGHT_FILES) and not _NOT_WEIGHTS.match(entry)
+
+
+def one_copy(entries: list[str]) -> list[str]:
+    """Return the files of a folder that hold its weights once: no pickles beside safetensors, no second copies."""
+    weights = [entry for entry in entries if is_weights(entry)]
+    weights = [entry for entry in weights if entry.endswith(".safetensors")] or weights
+    return _one_variant(_first_copies(weights)) if weights else []
 
 
 def _first_copies(files: list[str]) -> list[str]:
     """Leave out the second copies and their indexes, unless there are no other weights."""
     first = [file for file in files if not file.startswith(_SECOND_COPIES)]
-    return first if any(_is_weights(file) for file in first) else files
+    return first if any(is_weights(file) for file in first) else files
 
 
 def _one_variant(files: list[str]) -> list[str]:
     """Leave out precision variants, and one-file forms beside shards."""
-    shards = [file for file in files if re.search(r"-\d+-of-\d+\.", file)]
-    if shards:
-        return shards
-    plain = [file for file in files if not re.search(r"\.(fp16|fp32|bf16|non_ema)\.safetensors$", file)]
-    return plain or files[:1]
+    chosen = min(map(_variant, files))
+    files = [file for file in files if _variant(file) == chosen]
+    return [file for file in files if re.search(r"-\d+-of-\d+\.", file)] or files
+
+
+def _variant(file: str) -> str:
+    found = _VARIANT.search(file)
+    return "" if found is None else found[1]
 
 
 def _read_indexed(path: str, index: str) -> Found:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from weightsmith.checkpoint.folder import is_weights, one_copy
 from weightsmith.checkpoint.storage import WEIGHT_FILES
 from weightsmith.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
-_TEXTS = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "*.txt", "LICENSE*", "*/*.json"]
-_SAFETENSORS = ["*.safetensors", "*/*.safetensors"]
-_PICKLES = ["*.bin", "*.pt", "*.pth"]
+_TEXTS = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.spm", "*.vocab", "*.bpe", "*.codes"]
+_TEXTS += ["LICENSE*", "NOTICE*"]
+_PIPELINE = "model_index.json"
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 
 
 def is_hub_id(path: str) -> bool:
@@ -23,8 +25,8 @@ def resolve(model: str, revision: str | None) -> str:
     """Return the local folder of a hub model, downloading it if the cache lacks it.
 
     Cache, token, endpoint and offline mode are huggingface_hub's own (``HF_HOME``, ``HF_TOKEN``,
-    ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``). Safetensors are fetched, pickles only where there are none; code
-    never is.
+    ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``). One copy of the weights is fetched: safetensors, and pickles only where
+    there are none; code never is.
 
     Args:
         model: the id.
@@ -46,28 +48,57 @@ def resolve(model: str, revision: str | None) -> str:
         if cached is not None:
             return cached
         names = huggingface_hub.list_repo_files(model, revision=revision)
-        weights = _SAFETENSORS if any(name.endswith(".safetensors") for name in names) else _PICKLES
-        return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*_TEXTS, *weights])
+        return huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*_TEXTS, *_weights(names)])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{here}, and the hub does not give it: {reason}") from error
 
 
+def _weights(names: list[str]) -> list[str]:
+    """Choose the weights to fetch of a repository's files: those at its top, or those of a pipeline's components."""
+    depth = 1 if _PIPELINE in names else 0
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        if name.count("/") == depth:
+            folder, slash, file = name.rpartition("/")
+            folders.setdefault(folder + slash, []).append(file)
+    return [folder + file for folder, files in folders.items() for file in one_copy(files)]
+
+
 def _in_cache(model: str, revision: str | None) -> str | None:
-    """Return the cached folder of a model, if its weights are in it: a cache may hold the config alone."""
+    """Return the cached folder of a model, if its weights are in it.
+
+    A cache may hold the config alone, or what an interrupted download left.
+    """
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    for weights in (_SAFETENSORS, _PICKLES):
-        try:
-            folder = huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=[*_TEXTS, *weights], local_files_only=True
-            )
-        except LocalEntryNotFoundError:
-            continue
-        if any(path for pattern in weights for path in Path(folder).glob(pattern)):
-            return str(folder)
-    return None
+    try:
+        # Newer versions of huggingface_hub remember a repository's files, and check what is asked for against them.
+        found = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=_TEXTS, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return None
+    folder = Path(found)
+    parts = [folder]
+    if (folder / _PIPELINE).exists():
+        # Components without weights, such as schedulers, name their configs otherwise.
+        parts = [path.parent for path in folder.glob("*/config.json")]
+    return str(folder) if parts and all(map(_has_all_shards, parts)) else None
+
+
+def _has_all_shards(folder: Path) -> bool:
+    """Whether a folder holds weights, and beside every numbered shard all the others."""
+    files = {path.name for path in folder.iterdir() if is_weights(path.name) and path.exists()}
+    for file in files:
+        shard = _SHARD.search(file)
+        if shard is not None:
+            number, count = shard.span(1), int(shard[2])
+            digits = number[1] - number[0]
+            if any(f"{file[: number[0]]}{i:0{digits}}{file[number[1] :]}" not in files for i in range(1, count + 1)):
+                return False
+    return bool(files)
 
 
 def _cached(model: str) -> bool:

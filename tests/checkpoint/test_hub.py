@@ -1,0 +1,72 @@
+"""What is fetched of a hub's repository, and when the cache is enough."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightsmith.checkpoint import hub
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "modeling_x.py"], ["model.safetensors"]),
+        (["pytorch_model.bin", "training_args.bin", "optimizer.pt", "rng_state_0.pth"], ["pytorch_model.bin"]),
+        (["last.ckpt"], ["last.ckpt"]),
+        (["consolidated.safetensors", "model-00001-of-00001.safetensors"], ["model-00001-of-00001.safetensors"]),
+        (["consolidated.safetensors"], ["consolidated.safetensors"]),
+        (["model.safetensors", "onnx/model.safetensors", "checkpoint-5/model.safetensors"], ["model.safetensors"]),
+        (["m.fp16-1-of-2.safetensors", "m-1-of-2.safetensors"], ["m-1-of-2.safetensors"]),
+        (
+            ["model_index.json", "all.safetensors", "unet/a.safetensors", "vae/b.bin"],
+            ["unet/a.safetensors", "vae/b.bin"],
+        ),
+        (["model_index.json", "unet/a.safetensors", "unet/a.fp16.safetensors"], ["unet/a.safetensors"]),
+        (["model_index.json", "unet/a.fp16.safetensors"], ["unet/a.fp16.safetensors"]),
+    ],
+)
+def test_one_copy_of_the_weights_is_fetched(names, expected):
+    assert hub._weights(names) == expected
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Return a function that leaves files of a model in the cache and says whether they are enough."""
+    commit = "0" * 40
+    fetch = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda m, **o: fetch(m, cache_dir=tmp_path, **o))
+
+    def enough(*names):
+        repository = tmp_path / "models--org--m"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        for name in names:
+            (repository / "snapshots" / commit / name).parent.mkdir(parents=True, exist_ok=True)
+            (repository / "snapshots" / commit / name).write_bytes(b"")
+        return hub._in_cache("org/m", None) is not None
+
+    return enough
+
+
+PIPELINE = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["config.json"], False),
+        (["config.json", "optimizer.pt"], False),
+        (SHARDS[:1], False),
+        (SHARDS[1:], False),
+        (SHARDS, True),
+        ([*PIPELINE, "unet/a.safetensors"], False),
+        ([*PIPELINE, "unet/a.safetensors", "vae/b.bin"], True),
+        (PIPELINE[:2], False),
+    ],
+)
+def test_a_cache_without_all_weights_is_not_enough(cached, names, expected):
+    """As an interrupted download leaves it: the rest is fetched instead of missed."""
+    assert cached(*names) == expected
