@@ -199,6 +199,19 @@ def test_overlapping_members_are_refused(tmp_path):
     assert os.path.getsize(path) < 10_000
 
 
+def test_a_member_that_runs_into_the_next_ones_header_is_refused(tmp_path):
+    """The directory says that it has eight bytes more than there are before that header."""
+    path = archive(tmp_path / "m.pt", storage())
+    content = bytearray(path.read_bytes())
+    entry = content.find(b"PK\x01\x02")
+    for at in (entry + 20, entry + 24):
+        size = int.from_bytes(content[at : at + 4], "little") + 8
+        content[at : at + 4] = size.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(UnsafeFileError, match="'archive/data/0' overlaps 'archive/data.pkl'"):
+        ws.open(path)
+
+
 @pytest.mark.parametrize("cut", [1, 30, 100, 200])
 def test_a_truncated_archive_is_refused(cut, tmp_path):
     path = archive(tmp_path / "m.pt", storage())

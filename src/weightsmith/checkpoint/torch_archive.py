@@ -49,6 +49,7 @@ def open_archive(source: Source) -> tuple[dict[str, tuple[int, int]], bytes]:
     if pickles[0].file_size > _LARGEST_PICKLE:
         raise CheckpointError(f"{source.path}: its pickle has {pickles[0].file_size:,} bytes, too many")
     places = {e.filename: (_data_start(e, source), e.file_size) for e in entries}
+    _check_apart(entries, places, source)
     order = next((e for e in entries if e.filename == f"{prefix}byteorder"), None)
     if order is not None and bytes(_slice(source, places[order.filename])).strip() != b"little":
         raise CheckpointError(f"{source.path} was written on a big-endian machine, which is not supported")
@@ -61,10 +62,9 @@ def open_archive(source: Source) -> tuple[dict[str, tuple[int, int]], bytes]:
 
 
 def _check_members(entries: list[zipfile.ZipInfo], source: Source) -> None:
-    """Refuse archives that torch does not write: compressed, encrypted, overlapping or doubled members."""
+    """Refuse archives that torch does not write: compressed, encrypted or doubled members."""
     names = set()
-    end = 0
-    for entry in sorted(entries, key=lambda e: e.header_offset):
+    for entry in entries:
         where = f"{source.path}: member {entry.filename!r}"
         if entry.flag_bits & 0x1:
             raise UnsafeFileError(f"{where} is encrypted")
@@ -72,12 +72,19 @@ def _check_members(entries: list[zipfile.ZipInfo], source: Source) -> None:
             raise UnsafeFileError(f"{where} is compressed, which torch.save never does; it was not unpacked")
         if entry.filename in names:
             raise UnsafeFileError(f"{where} is in the archive twice")
-        if entry.header_offset < end:
-            raise UnsafeFileError(f"{where} overlaps the member before it")
         names.add(entry.filename)
-        end = entry.header_offset + _LOCAL_HEADER + entry.file_size
-        if end > source.size:
+        if entry.header_offset + _LOCAL_HEADER + entry.file_size > source.size:
             raise CheckpointError(f"{where} reaches beyond the end of the file: it is cut short")
+
+
+def _check_apart(entries: list[zipfile.ZipInfo], places: dict[str, tuple[int, int]], source: Source) -> None:
+    """Refuse members whose bytes run into the next one's header, now that it is known where they begin."""
+    end, before = 0, ""
+    for entry in sorted(entries, key=lambda e: e.header_offset):
+        if entry.header_offset < end:
+            raise UnsafeFileError(f"{source.path}: member {entry.filename!r} overlaps {before!r}")
+        start, length = places[entry.filename]
+        end, before = start + length, entry.filename
 
 
 def _data_start(entry: zipfile.ZipInfo, source: Source) -> int:
