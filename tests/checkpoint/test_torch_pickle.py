@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import weightsmith as ws
+from weightsmith.checkpoint.storage import LocalSource
 from weightsmith.errors import CheckpointError, UnsafeFileError, WeightsmithError
 
 
@@ -71,6 +72,18 @@ def test_a_strided_tensor_is_read_in_any_stretch(torch, tmp_path):
     flat = matrix.permute(2, 0, 1).reshape(-1).numpy()
     for start, stop in [(0, 105), (3, 4), (50, 99), (104, 105), (9, 9)]:
         assert np.array_equal(tensor.read(start, stop), flat[start:stop])
+
+
+def test_a_transposed_tensor_read_in_blocks_reads_its_storage_once(torch, tmp_path, monkeypatch):
+    matrix = torch.randn(512, 512)
+    torch.save({"a": matrix.t()}, tmp_path / "m.pt")
+    tensor = ws.open(tmp_path / "m.pt")["a"]
+    reads = []
+    read = LocalSource.read
+    monkeypatch.setattr(LocalSource, "read", lambda s, a, b: reads.append(b - a) or read(s, a, b))
+    found = np.concatenate([tensor.read(i, i + 4096) for i in range(0, tensor.size, 4096)])
+    assert np.array_equal(found, matrix.t().reshape(-1).numpy())
+    assert sum(reads) == tensor.nbytes
 
 
 def test_sharded_pickles_are_read_by_their_index(torch, tmp_path):

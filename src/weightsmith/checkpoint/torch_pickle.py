@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.checkpoint.checkpoint import Identity
+from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.safetensors import StoredTensor
 from weightsmith.checkpoint.storage import Source
 from weightsmith.checkpoint.tensor import Array, Tensor
@@ -39,7 +40,8 @@ _MOST_MAPPINGS = 100
 class StridedTensor(Tensor):
     """A tensor whose elements do not lie one after the other: a transposed or expanded view.
 
-    Its whole storage is read at the first use, and kept as long as the tensor.
+    Where a few elements lie far apart, as in a transposed matrix, its part of the storage is read whole and kept for
+    the blocks after.
     """
 
     def __init__(
@@ -50,19 +52,24 @@ class StridedTensor(Tensor):
         self.dtype = storage.dtype
         self._strides = strides
         self._storage = storage
-        self._offset = offset
+        self._begin = offset
+        self._end = offset + _reach(shape, strides) + 1
 
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`."""
-        places = np.full(stop - start, self._offset, np.int64)
+        if start == stop:
+            return np.zeros(0, self.dtype)
+        places = np.full(stop - start, self._begin, np.int64)
         left = np.arange(start, stop, dtype=np.int64)
         for length, stride in zip(reversed(self.shape), reversed(self._strides), strict=True):
             left, coordinate = np.divmod(left, length)
             places += coordinate * stride
-        if not len(places):
-            return np.zeros(0, self.dtype)
         first, last = int(places.min()), int(places.max())
-        return self._storage.read(first, last + 1)[places - first]
+        if last - first < 4 * len(places):
+            return self._storage.read(first, last + 1)[places - first]
+        (span,) = RECENT.get(self, lambda: (self._storage.read(self._begin, self._end),))
+        found: Array = span[places - self._begin]
+        return found
 
 
 def read_state_dict(source: Source) -> tuple[Mapping[str, Tensor], Identity]:
@@ -110,7 +117,7 @@ def _tensor(name: str, view: View, source: Source, members: Mapping[str, tuple[i
         raise CheckpointError(f"{where} lies in the storage {view.storage.key!r}, which the file lacks")
     start, length = place
     width = view.dtype.itemsize
-    last = view.offset + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
+    last = view.offset + _reach(view.shape, view.strides)
     empty = 0 in view.shape
     if not empty and (last + 1) * width > length:
         raise CheckpointError(
@@ -130,3 +137,8 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, 
         found.append(stride if length == 1 else step)
         step *= length
     return tuple(reversed(found))
+
+
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Return how many elements of its storage after its first a tensor's last one lies."""
+    return sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
