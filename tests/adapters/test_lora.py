@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 import weightsmith as ws
 from conftest import write_safetensors
+from weightsmith.adapters.lora import FoldedTensor
+from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError, PlanError
 
 RANK, ALPHA = 3, 12
@@ -74,14 +77,18 @@ def test_a_linear_layer_gets_the_scaled_product(write_model, tmp_path, config, s
         assert np.array_equal(folded[name].numpy(), base[name])
 
 
-def test_any_stretch_of_a_folded_tensor_is_a_part_of_the_whole(write_model, tmp_path):
-    given = factors("model.layers.0.q", (RANK, 6), (8, RANK))
-    reference = f"{write_model('base', base_tensors())}+{write_adapter(tmp_path / 'lora', given)}"
-    tensor = ws.open(reference)["model.layers.0.q.weight"]
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("block", [1000, 777, 3001, 65_536, 100_000])
+def test_the_bytes_of_a_folded_tensor_do_not_depend_on_the_blocks(block, dtype):
+    rng = np.random.default_rng(0)
+    base, down, up = (rng.standard_normal(shape) for shape in ((256, 1000), (64, 1000), (256, 64)))
+    tensors = [ArrayTensor("w", base.astype(dtype)), *(ArrayTensor("f", f.astype(np.float32)) for f in (down, up))]
+    tensor = FoldedTensor(*tensors, 0.5, transposed=False)
     whole = tensor.read(0, tensor.size)
-    for start in range(0, tensor.size, 5):
-        for stop in range(start, tensor.size + 1, 7):
-            np.testing.assert_allclose(tensor.read(start, stop), whole[start:stop], rtol=1e-6, atol=1e-6)
+    assert whole.dtype == dtype
+    parts = [tensor.read(i, min(i + block, tensor.size)) for i in range(0, tensor.size, block)]
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+    assert tensor.read(7, 7).shape == (0,)
 
 
 def test_layers_stored_transposed_and_embeddings_and_convolutions(write_model, tmp_path):
@@ -148,6 +155,41 @@ def test_what_is_not_plain_lora_is_refused(write_model, tmp_path, config, messag
     given = factors("model.layers.0.q", (RANK, 6), (8, RANK))
     adapter = write_adapter(tmp_path / "lora", given, **config)
     with pytest.raises(CheckpointError, match=message):
+        ws.open(f"{write_model('base', base_tensors())}+{adapter}")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rank_pattern": {"(": 3}}, "'(' in rank_pattern, which is no pattern"),
+        ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q'] as 'x', which is no number"),
+        ({"alpha_pattern": [1]}, "alpha_pattern as [1], which is no map"),
+        ({"r": "three"}, "r as 'three', which is no number"),
+        ({"lora_alpha": None}, "lora_alpha as None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha as nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha as 1000"),
+    ],
+)
+def test_a_config_that_says_nothing_sensible_is_refused(write_model, tmp_path, config, message):
+    given = factors("model.layers.0.q", (RANK, 6), (8, RANK))
+    adapter = write_adapter(tmp_path / "lora", given, **config)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        ws.open(f"{write_model('base', base_tensors())}+{adapter}")
+
+
+@pytest.mark.parametrize("down", [np.zeros(3, np.float32), np.zeros((0, 6), np.float32), np.zeros((RANK, 6), np.int32)])
+def test_factors_that_are_no_matrices_of_floats_are_refused(write_model, tmp_path, down):
+    given = factors("model.layers.0.q", (RANK, 6), (8, RANK)) | {"model.layers.0.q.lora_A.weight": down}
+    adapter = write_adapter(tmp_path / "lora", given)
+    with pytest.raises(CheckpointError, match="lora_A of model.layers.0.q is"):
+        ws.open(f"{write_model('base', base_tensors())}+{adapter}")
+
+
+def test_a_factor_given_twice_is_refused(write_model, tmp_path):
+    given = factors("model.layers.0.q", (RANK, 6), (8, RANK))
+    given["model.layers.0.q.lora_A.default.weight"] = given["model.layers.0.q.lora_A.weight"]
+    adapter = write_adapter(tmp_path / "lora", given)
+    with pytest.raises(CheckpointError, match="lora_A of model.layers.0.q twice"):
         ws.open(f"{write_model('base', base_tensors())}+{adapter}")
 
 

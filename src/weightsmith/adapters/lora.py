@@ -10,24 +10,30 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import CheckpointError, PlanError, did_you_mean
 from weightsmith.kernels.convert import narrow, widen
 
 _PREFIX = "base_model.model."
+_TILE = 65_536
+_FLOAT64 = np.dtype(np.float64)
 # module . lora_A . weight, or module . lora_embedding_A (a bare parameter)
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?$")
 
 
 class FoldedTensor(Tensor):
     """A base's tensor with an adapter's low-rank change added.
+
+    The product of the factors is formed over tiles of rows that the shape alone decides, not the stretch asked for:
+    a matrix product sums in an order of its own for every number of rows. It is formed in float64, so that the order
+    that a machine's BLAS prefers is lost when the sum with the base is rounded to float32.
 
     Attributes:
         base: the base's tensor, ``[out, in]`` (or ``[in, out]`` where the layer is stored transposed; or a
@@ -58,32 +64,38 @@ class FoldedTensor(Tensor):
         return narrow(self.read_wide(start, stop), self.dtype)
 
     def read_wide(self, start: int, stop: int) -> Array:
-        """Return elements ``start`` to ``stop`` unrounded: ``[n]``, float32 (float64 if the base is)."""
-        working = self._factors[0].dtype
-        width = max(self.size // max(self.shape[0], 1), 1)
-        first, last = start // width, -(-stop // width)
-        left, right = self._factors
-        change = (left[first:last] @ right).reshape(-1)[start - first * width : stop - first * width]
-        found: Array = widen(self.base.read(start, stop), working) + change
-        return found
+        """Return elements ``start`` to ``stop``, not in the base's dtype: ``[n]``, float32 (float64 if the base is)."""
+        base = widen(self.base.read(start, stop), _FLOAT64)
+        return narrow(base + self._change(start, stop), dtypes.working_dtype([self.dtype]))
 
-    @cached_property
+    def _change(self, start: int, stop: int) -> Array:
+        left, right = RECENT.get(self, self._factors)
+        rows, width = len(left), right.shape[1]
+        tile = max(_TILE // width, 1)
+        change = np.empty(stop - start)
+        for first in range(start // width // tile * tile, -(-stop // width), tile):
+            last = min(first + tile, rows)
+            begin, end = max(start, first * width), min(stop, last * width)
+            product = (left[first:last] @ right).reshape(-1)
+            change[begin - start : end - start] = product[begin - first * width : end - first * width]
+        return change
+
     def _factors(self) -> tuple[Array, Array]:
         """Return matrices whose product, row by row, is the change: ``[rows, rank]`` and ``[rank, columns]``."""
-        working = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
-        down = widen(self._down.read(0, self._down.size), working).reshape(self._down.shape[0], -1)
-        up = widen(self._up.read(0, self._up.size), working).reshape(-1, self._up.shape[1])
-        scale = working.type(self._scale)
-        return (down.T * scale, np.ascontiguousarray(up.T)) if self._transposed else (up * scale, down)
+        down = widen(self._down.read(0, self._down.size), _FLOAT64).reshape(self._down.shape[0], -1)
+        up = widen(self._up.read(0, self._up.size), _FLOAT64).reshape(-1, self._up.shape[1])
+        if self._transposed:
+            return down.T * self._scale, np.ascontiguousarray(up.T)
+        return up * self._scale, down
 
 
 @dataclass(frozen=True)
 class _Settings:
     """What an adapter's config says of its scale."""
 
-    rank: int
+    rank: float
     alpha: float
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, float]
     alphas: Mapping[str, float]
     stabilised: bool
     transposed: bool
@@ -93,7 +105,7 @@ class _Settings:
         stated = _by_pattern(self.ranks, module, self.rank)
         if stated != rank:
             raise CheckpointError(f"the adapter's config gives {module} rank {stated}, and its factors have {rank}")
-        alpha = float(_by_pattern(self.alphas, module, self.alpha))
+        alpha = _by_pattern(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
 
 
@@ -158,13 +170,35 @@ def _read_settings(adapter: Checkpoint) -> _Settings:
     if config.get("layer_replication"):
         raise CheckpointError(f"{adapter.name} replicates layers, which cannot be folded yet")
     return _Settings(
-        rank=int(config.get("r", 8)),
-        alpha=float(config.get("lora_alpha", 8)),
-        ranks=config.get("rank_pattern") or {},
-        alphas=config.get("alpha_pattern") or {},
+        rank=_number(adapter, "r", config.get("r", 8)),
+        alpha=_number(adapter, "lora_alpha", config.get("lora_alpha", 8)),
+        ranks=_patterns(adapter, "rank_pattern"),
+        alphas=_patterns(adapter, "alpha_pattern"),
         stabilised=bool(config.get("use_rslora")),
         transposed=bool(config.get("fan_in_fan_out")),
     )
+
+
+def _number(adapter: Checkpoint, key: str, value: Any) -> float:
+    # Written so, NaN and whole numbers beyond a float's range are refused as well.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:
+        raise CheckpointError(f"{adapter.name}: adapter_config.json gives {key} as {value!r:.80}, which is no number")
+    return value
+
+
+def _patterns(adapter: Checkpoint, key: str) -> dict[str, float]:
+    patterns = adapter.config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{adapter.name}: adapter_config.json gives {key} as {patterns!r:.80}, which is no map")
+    for pattern, value in patterns.items():
+        _number(adapter, f"{key}[{pattern!r}]", value)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(
+                f"{adapter.name}: adapter_config.json has {pattern!r} in {key}, which is no pattern: {error}"
+            ) from error
+    return patterns
 
 
 def _factors(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor, bool]]:
@@ -178,12 +212,20 @@ def _factors(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor, bool]]:
                 raise CheckpointError(f"{adapter.name} holds {key}, which is no part of plain LoRA")
             continue
         module = _plain_name(match["module"])
-        sides.setdefault(module, {})[match["side"]] = tensor
+        if match["side"] in sides.setdefault(module, {}):
+            raise CheckpointError(f"{adapter.name} holds lora_{match['side']} of {module} twice, the second as {key}")
+        sides[module][match["side"]] = tensor
         if match["embedding"]:
             embeddings.add(module)
     for module, found in sides.items():
         if set(found) != {"A", "B"}:
             raise CheckpointError(f"{adapter.name} has only lora_{next(iter(found))} for {module}, and needs both")
+        for side, tensor in found.items():
+            if len(tensor.shape) < 2 or not tensor.size or not dtypes.is_float(tensor.dtype):
+                raise CheckpointError(
+                    f"{adapter.name}: lora_{side} of {module} is {dtypes.name_of(tensor.dtype)} "
+                    f"{list(tensor.shape)}; a matrix of floats, and no empty one, is needed"
+                )
     return {module: (found["A"], found["B"], module in embeddings) for module, found in sides.items()}
 
 
@@ -213,7 +255,7 @@ def _check_shape(folded: FoldedTensor, down: Tensor, up: Tensor, adapter: Checkp
         )
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """Return the value of the first pattern that the module's name ends with, as PEFT matches them."""
     for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
