@@ -45,14 +45,25 @@ class StoredTensor(Tensor):
 
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`."""
-        width = self.dtype.itemsize
-        content = self.source.read(self.offset + start * width, self.offset + stop * width)
+        content = self.source.read(*self._bytes(start, stop))
         return np.frombuffer(content, self.dtype)
 
     def read_into(self, start: int, stop: int, buffer: Array) -> Array:
         """See :meth:`Tensor.read_into`."""
-        self.source.read_into(self.offset + start * self.dtype.itemsize, buffer)
+        self.source.read_into(self._bytes(start, stop)[0], buffer)
         return buffer.view(self.dtype)
+
+    def prefetch(self, start: int, stop: int) -> bool:
+        """See :meth:`Tensor.prefetch`."""
+        return self.source.prefetch(*self._bytes(start, stop))
+
+    def copy_to(self, start: int, stop: int, handle: int, offset: int) -> bool:
+        """See :meth:`Tensor.copy_to`."""
+        return self.source.copy_to(*self._bytes(start, stop), handle, offset)
+
+    def _bytes(self, start: int, stop: int) -> tuple[int, int]:
+        width = self.dtype.itemsize
+        return self.offset + start * width, self.offset + stop * width
 
 
 def read_header(source: Source) -> tuple[dict[str, StoredTensor], Identity]:

@@ -25,6 +25,10 @@ _WEB = ("http://", "https://")
 _VERSIONS = ("ETag", "etag", "mtime", "Last-Modified", "LastModified", "last_modified", "updated", "created")
 
 
+# What copy_file_range says where two files, or the filesystems they are on, do not go together.
+_CANNOT_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+
+
 class Source(ABC):
     """A file that is read by ranges, from many threads at once.
 
@@ -56,6 +60,28 @@ class Source(ABC):
             CheckpointError: if the file cannot be read or ends before the buffer is full.
         """
         buffer[:] = np.frombuffer(self.read(start, start + len(buffer)), np.uint8)
+
+    def prefetch(self, start: int, stop: int) -> bool:
+        """Have the bytes brought into memory without waiting for them; return whether the storage can do so."""
+        return False
+
+    def copy_to(self, start: int, stop: int, handle: int, offset: int) -> bool:
+        """Copy bytes into an open file without passing them through this process, where that is possible.
+
+        Args:
+            start: first byte.
+            stop: the byte after the last.
+            handle: descriptor of the file to write to.
+            offset: where to write in it.
+
+        Returns:
+            Whether they were copied; if not, read and write them.
+
+        Raises:
+            CheckpointError: if the file ends before ``stop``.
+            OSError: if the other file cannot be written.
+        """
+        return False
 
     def _check_length(self, start: int, stop: int, count: int) -> None:
         if count != stop - start:
@@ -94,6 +120,30 @@ class LocalSource(Source):
     def read_into(self, start: int, buffer: npt.NDArray[np.uint8]) -> None:
         """See :meth:`Source.read_into`; nothing is copied on the way."""
         self._check_length(start, start + len(buffer), self._fill(start, memoryview(buffer.data)))
+
+    def prefetch(self, start: int, stop: int) -> bool:
+        """See :meth:`Source.prefetch`."""
+        if not hasattr(os, "posix_fadvise"):
+            return False
+        os.posix_fadvise(self._handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+        return True
+
+    def copy_to(self, start: int, stop: int, handle: int, offset: int) -> bool:
+        """See :meth:`Source.copy_to`; a filesystem that can share blocks between files does."""
+        if not hasattr(os, "copy_file_range"):
+            return False
+        done = 0
+        while start + done < stop:
+            try:
+                count = os.copy_file_range(self._handle, handle, stop - start - done, start + done, offset + done)
+            except OSError as error:
+                if error.errno in _CANNOT_COPY:
+                    return False
+                raise
+            if count == 0:
+                self._check_length(start, stop, done)
+            done += count
+        return True
 
     def _fill(self, start: int, view: memoryview) -> int:
         """Read until the view is full or the file ends, and return how many bytes were read."""

@@ -55,6 +55,24 @@ class Tensor(ABC):
         """
         return np.ascontiguousarray(self.read(start, stop))
 
+    def prefetch(self, start: int, stop: int) -> bool:
+        """Have elements brought into memory without waiting for them; return whether the storage can do so."""
+        return False
+
+    def copy_to(self, start: int, stop: int, handle: int, offset: int) -> bool:
+        """Copy the bytes of elements into an open file without passing them through this process.
+
+        Args:
+            start: flat index of the first element.
+            stop: flat index after the last.
+            handle: descriptor of the file to write to.
+            offset: where to write in it, in bytes.
+
+        Returns:
+            Whether they were copied; if not, read and write them.
+        """
+        return False
+
     @property
     def size(self) -> int:
         """Number of elements."""

@@ -14,7 +14,7 @@ import numpy as np
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine import fuse
-from weightsmith.engine.expression import Computed, Group, columns, computed_within
+from weightsmith.engine.expression import Computed, Group, columns, computed_within, is_made
 from weightsmith.engine.scratch import Scratch
 from weightsmith.kernels import philox
 from weightsmith.kernels.convert import largest_finite, narrow, widen
@@ -144,7 +144,7 @@ class Evaluator:
         found = []
         for slot in program.program.inputs:
             part = tensor.inputs[slot]
-            if fuse.is_made(part):
+            if is_made(part):
                 found.append(np.ascontiguousarray(self.values(part, start, stop, tensor.working)))
             else:
                 found.append(part.read_into(start, stop, SCRATCH.get(slot, (stop - start) * part.dtype.itemsize)))

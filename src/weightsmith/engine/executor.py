@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 
 from weightsmith.checkpoint.layout import Shard
+from weightsmith.checkpoint.safetensors import StoredTensor
 from weightsmith.checkpoint.tensor import Array
+from weightsmith.engine.ahead import ReadAhead, input_width
 from weightsmith.engine.evaluate import SCRATCH, Evaluator, Mapper, blocks, in_turn, run_statistic
-from weightsmith.engine.expression import Computed, computed_within
+from weightsmith.engine.expression import Computed, carried, computed_within, stored_within
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.plan import BLOCK, Plan, Task
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper
+from weightsmith.engine.writeback import WriteBehind
 from weightsmith.errors import Interrupted, OutputError
 
 # A tensor up to this size is the work of one thread; a larger one is shared by all.
@@ -96,12 +99,12 @@ def execute(
         CheckpointError: if an input cannot be read.
     """
     check_space(plan, folder)
-    pending = [task for task in plan.tasks if task.name not in journal.finished]
+    pending = sorted((task for task in plan.tasks if task.name not in journal.finished), key=_place_in_input)
     done = sum(task.nbytes for task in plan.tasks) - sum(task.nbytes for task in pending)
     run = _Run(plan, folder, journal, listener or Silent())
     run.listener.start(done + sum(task.nbytes for task in pending), len(plan.tasks), done)
     try:
-        with run.open_files(), ThreadMapper(threads) as mapper:
+        with run.open_files(pending), ThreadMapper(threads, matrices=_takes_matrices(pending)) as mapper:
             try:
                 run.work(pending, mapper)
             except KeyboardInterrupt:
@@ -149,10 +152,14 @@ class _Run:
         self._finished: list[Task] = []
         self._lock = threading.Lock()
         self._nonfinite: dict[tuple[str, str], int] = {}
+        self._behind = WriteBehind()
 
     @contextlib.contextmanager
-    def open_files(self) -> Iterator[None]:
-        """Open every shard, and sync finished tensors to the journal every few seconds and at the end."""
+    def open_files(self, tasks: Sequence[Task]) -> Iterator[None]:
+        """Open every shard, and sync finished tensors to the journal every few seconds and at the end.
+
+        Meanwhile the inputs of the tasks are read ahead, and what is written is sent to the disk.
+        """
         flusher = threading.Thread(target=self._flush_regularly, name="weightsmith-journal", daemon=True)
         self._ended = threading.Event()
         self._failure: BaseException | None = None
@@ -161,7 +168,8 @@ class _Run:
                 self._files.append(_open_shard(self.folder, shard))
             flusher.start()
             try:
-                yield
+                with self._behind, ReadAhead(tasks) as self._ahead:
+                    yield
             finally:
                 self._ended.set()
                 flusher.join()
@@ -212,22 +220,27 @@ class _Run:
         handle = self._files[place.shard]
         tensor = task.tensor
         evaluator = Evaluator(self.shared, lambda where, n: self._note(task.name, where, n))
-        carried = not isinstance(tensor, Computed) and task.dtype == tensor.dtype
-        exact = carried and not hasattr(tensor, "read_wide")
-        if not exact:
+        source = carried(tensor, task.dtype)
+        if source is None:
             evaluator.prepare(tensor, mapper)
+        width = input_width(task)
 
         def one(stretch: tuple[int, int]) -> None:
             if self.stopping.is_set():
                 return
-            room = SCRATCH.get("result", (stretch[1] - stretch[0]) * task.dtype.itemsize)
-            if exact:
-                values = tensor.read_into(*stretch, room)
+            offset = place.offset + stretch[0] * task.dtype.itemsize
+            nbytes = (stretch[1] - stretch[0]) * task.dtype.itemsize
+            room = SCRATCH.get("result", nbytes)
+            if source is not None:
+                if not source.copy_to(*stretch, handle, offset):
+                    _write_all(handle, source.read_into(*stretch, room), offset)
             else:
                 values, lost = evaluator.result(tensor, *stretch, task.dtype, room.view(task.dtype))
                 self._note(task.name, "result", lost)
-            _write_all(handle, values, place.offset + stretch[0] * task.dtype.itemsize)
-            self.listener.advance(values.nbytes)
+                _write_all(handle, values, offset)
+            self._ahead.worked((stretch[1] - stretch[0]) * width)
+            self._behind.wrote(handle, nbytes)
+            self.listener.advance(nbytes)
 
         vector = tensor.columns if isinstance(tensor, Computed) else 1
         for _ in mapper(one, blocks(task.size, vector, BLOCK)):
@@ -260,6 +273,16 @@ class _Run:
             for number in sorted({self.plan.place(task).shard for task in finished}):
                 os.fsync(self._files[number])
             self.journal.record([task.name for task in finished])
+
+
+def _place_in_input(task: Task) -> tuple[str, int]:
+    """Where the first input of a task lies: reading files from front to back is what disks and kernels expect."""
+    first = next(stored_within(task.tensor), None)
+    return (first.source.path, first.offset) if isinstance(first, StoredTensor) else ("", 0)
+
+
+def _takes_matrices(tasks: Iterable[Task]) -> bool:
+    return any(part.reads == "tensor" for task in tasks for part in computed_within(task.tensor))
 
 
 def _is_small(task: Task) -> bool:

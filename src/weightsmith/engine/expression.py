@@ -107,6 +107,28 @@ class Computed(Tensor):
         return narrow(Evaluator().values(self, start, stop), self.dtype)
 
 
+def carried(tensor: Tensor, dtype: DType) -> Tensor | None:
+    """Return the tensor of a file whose bytes are those of a result, or None if there is something to compute.
+
+    Args:
+        tensor: the result, stored or computed.
+        dtype: the dtype it is written in.
+    """
+    while isinstance(tensor, Computed):
+        carries = tensor.method.carries
+        if carries is None or not carries(tensor.parameters) or tensor.dtype != dtype:
+            return None
+        if tensor.casts not in (None, dtype):
+            return None
+        tensor = tensor.models[0]
+    return tensor if tensor.dtype == dtype and not is_made(tensor) else None
+
+
+def is_made(tensor: Tensor) -> bool:
+    """Whether a tensor's values come from arithmetic, rather than straight from a file."""
+    return isinstance(tensor, Computed) or hasattr(tensor, "read_wide")
+
+
 def columns(shape: tuple[int, ...], reads: Granularity) -> int:
     """Return the length of the vectors of a tensor that a block may not cut.
 

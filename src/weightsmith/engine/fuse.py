@@ -15,7 +15,7 @@ import numpy as np
 
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
-from weightsmith.engine.expression import Computed, columns
+from weightsmith.engine.expression import Computed, columns, is_made
 from weightsmith.kernels import native, philox, select
 from weightsmith.kernels.program import Collect, Histogram, Program, Store, Terminal, load, rounded, storable
 from weightsmith.kernels.trace import Lazy, Positions, Recorder, Total, Untraceable
@@ -145,11 +145,6 @@ def signature(tensor: Computed) -> tuple[Any, ...]:
 def source_dtype(part: Tensor, working: DType) -> DType:
     """Return the dtype in which a program is given an input: a file's own, or that of the arithmetic."""
     return working if is_made(part) else part.dtype
-
-
-def is_made(part: Tensor) -> bool:
-    """Whether a tensor's values come from arithmetic, rather than straight from a file."""
-    return isinstance(part, Computed) or hasattr(part, "read_wide")
 
 
 def _fusable(tensor: Computed) -> bool:

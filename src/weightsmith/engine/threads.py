@@ -26,10 +26,22 @@ class ThreadMapper:
     At most two results per thread are computed ahead of what has been taken, so memory stays bounded.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, matrices: bool = False) -> None:
+        """Start a pool.
+
+        Args:
+            threads: how many threads to use.
+            matrices: whether functions work on whole matrices. Linear algebra brings threads of its own, and
+                threads times threads on few cores wait for each other: it is kept to one in each of ours.
+        """
         keep_freed_memory()
         self.threads = max(threads, 1)
         self._pool = ThreadPoolExecutor(self.threads, "weightsmith") if self.threads > 1 else None
+        self._limits: Any = None
+        if matrices and self._pool is not None:
+            from threadpoolctl import threadpool_limits
+
+            self._limits = threadpool_limits(1, user_api="blas")
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
         """Yield the function's results in the order of the items."""
@@ -67,3 +79,5 @@ class ThreadMapper:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._limits is not None:
+            self._limits.restore_original_limits()

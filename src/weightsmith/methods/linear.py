@@ -48,6 +48,7 @@ def linear(
     minimum=1,
     maximum=1,
     properties=("idempotent",),
+    carries=lambda parameters: parameters["scale"][0] in (None, 1.0),
     source="mergekit (passthrough)",
 )
 def passthrough(

@@ -54,6 +54,8 @@ class Method:
             model, weights being equal and normalised), ``symmetric`` (order of models does not matter),
             ``translates`` (a checkpoint added to base and models is added to the result), ``removable``
             (a model of weight 0 has no influence).
+        carries: None, or parameters -> whether the result is the first model's tensor as it is; it is then
+            copied, not computed.
         compat: tool name -> parameter values that restore that tool's behaviour.
         example: parameters that show the method at work, for documentation and the battery; per-model ones
             hold a single value.
@@ -74,6 +76,7 @@ class Method:
     random: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
     properties: frozenset[Property] = frozenset()
+    carries: Callable[[Mapping[str, Any]], bool] | None = None
     compat: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     example: Mapping[str, Any] = field(default_factory=dict)
 
@@ -127,6 +130,7 @@ def method(
     random: bool = False,
     check: Callable[[Mapping[str, Any]], None] | None = None,
     properties: Iterable[Property] = (),
+    carries: Callable[[Mapping[str, Any]], bool] | None = None,
     source: str = "",
     compat: Mapping[str, Mapping[str, Any]] | None = None,
     example: Mapping[str, Any] | None = None,
@@ -161,6 +165,7 @@ def method(
             random=random,
             check=check,
             properties=frozenset(properties),
+            carries=carries,
             compat=compat or {},
             example=example or {},
         )

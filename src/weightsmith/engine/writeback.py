@@ -1,0 +1,75 @@
+"""Writing behind: what has been written is sent to the disk while more is computed, a bounded amount at a time.
+
+Left to itself, Linux keeps written pages in memory for half a minute, or until they are a tenth of it; then, or when a
+file is synced in the end, everything waits for the disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+
+# Bytes written between two requests; at most twice as many wait for the disk.
+_STEP = 64 << 20
+# From Linux's fs.h.
+_WAIT_BEFORE, _WRITE = 1, 2
+
+
+class WriteBehind:
+    """Starts the writing of files to disk each time enough has been written to them. Does nothing but on Linux."""
+
+    def __init__(self) -> None:
+        self._written: dict[int, int] = {}
+        self._total = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._send = _sync_file_range()
+        self._thread = threading.Thread(target=self._run, name="weightsmith-behind", daemon=True)
+
+    def wrote(self, handle: int, nbytes: int) -> None:
+        """Note that so many bytes were written to an open file."""
+        with self._changed:
+            self._written[handle] = self._written.get(handle, 0) + nbytes
+            self._total += nbytes
+            if self._total >= _STEP:
+                self._changed.notify()
+
+    def __enter__(self) -> WriteBehind:
+        if self._send is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        if self._send is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while self._send is not None:
+            with self._changed:
+                while self._total < _STEP and not self._ended:
+                    self._changed.wait()
+                if self._ended:
+                    return
+                handles, self._written, self._total = list(self._written), {}, 0
+            for handle in handles:
+                # Errors are those of the disk, and fsync will report them.
+                self._send(handle, 0, 0, _WAIT_BEFORE | _WRITE)
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    if sys.platform != "linux" or not hasattr(os, "posix_fallocate"):
+        return None
+    try:
+        function = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
