@@ -1,10 +1,14 @@
-"""Times merges of synthetic Llama checkpoints as whole processes, beside the I/O floor, and their peak memory.
+"""Times merges of synthetic Llama checkpoints as whole processes, start-up included, and their peak memory.
 
-The floor is a process that reads every input once and writes the output once, and computes nothing. Machines
-are shared and noisy: compare ratios within one run, not seconds between runs.
+Beside each stands the I/O floor: a process that reads every input once and writes and syncs the output, and computes
+nothing. Machines are shared and noisy: compare ratios within one run, not seconds between runs.
 
-    python benchmarks/merge.py                                 # 0.5 GB a model, a base and two fine-tunes
-    python benchmarks/merge.py --gigabytes 2 --models 2 --methods linear ties
+    python benchmarks/merge.py                                  # every method: a base and four fine-tunes of 0.5 GB
+    python benchmarks/merge.py --methods linear ties --models 8
+    python benchmarks/merge.py --cold                           # inputs are dropped from the page cache before each run
+    python benchmarks/merge.py --scaling                        # by size of the models, and by their number
+    python benchmarks/merge.py --against path/to/mergekit-yaml  # the same recipes, run by mergekit
+    python benchmarks/merge.py --flags --device cuda            # what follows goes to weightsmith
 """
 
 from __future__ import annotations
@@ -17,26 +21,57 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
-SETTINGS: dict[str, dict[str, object]] = {
-    "linear": {"weight": 0.5},
-    "slerp": {"t": 0.4},
-    "task_arithmetic": {"weight": 0.5},
-    "ties": {"weight": 0.5, "density": 0.5},
-    "dare_ties": {"weight": 0.5, "density": 0.5},
-    "della": {"weight": 0.5, "density": 0.5},
-    "breadcrumbs": {"weight": 0.5, "density": 0.5},
-    "model_stock": {},
-    "sce": {"select_topk": 0.5},
-    "karcher": {},
-    "ram": {},
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 2048, 5632, 32000, 32
+MERGED = {"weight": 0.5}
+TRIMMED = {"weight": 0.5, "density": 0.5}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the table.
+
+    Attributes:
+        per_model: parameters of every model.
+        overall: parameters of the merge.
+        models: the most models it takes beside the base, or None.
+        base: whether the recipe names a base.
+    """
+
+    per_model: dict[str, float] | None = None
+    overall: dict[str, Any] | None = None
+    models: int | None = None
+    base: bool = True
+
+
+ROWS = {
+    "linear": Row(MERGED, base=False),
+    "task_arithmetic": Row(MERGED),
+    "slerp": Row(overall={"t": 0.4}, models=1),
+    "nuslerp": Row(MERGED, models=2),
+    "nearswap": Row(overall={"t": 0.001}, models=1),
+    "passthrough": Row(models=1, base=False),
+    "ties": Row(TRIMMED),
+    "dare_linear": Row(TRIMMED),
+    "dare_ties": Row(TRIMMED),
+    "breadcrumbs": Row(TRIMMED),
+    "breadcrumbs_ties": Row(TRIMMED),
+    "sce": Row(overall={"select_topk": 0.5}),
+    "model_stock": Row(),
+    "ram": Row(),
+    "ramplus_tl": Row(),
+    "della": Row(TRIMMED),
+    "della_linear": Row(TRIMMED),
+    "karcher": Row(base=False),
+    "multislerp": Row(MERGED),
+    "arcee_fusion": Row(models=1),
 }
-ONE_MODEL = {"slerp", "nearswap", "arcee_fusion"}
 
 
 def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
@@ -63,15 +98,25 @@ def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
 def write_model(folder: Path, names: dict[str, tuple[int, ...]], seed: int, base: Path | None) -> None:
     """Write a model of random weights, or a fine-tune of one: the base plus small noise."""
     folder.mkdir()
-    layers = sum(name.endswith("q_proj.weight") for name in names)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 4,
+        "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in names),
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     header, position = {}, 0
     for name, shape in names.items():
         length = 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + length]}
         position += length
-    text = json.dumps(header).encode()
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
     text += b" " * (-len(text) % 8)
     rng = np.random.default_rng(seed)
     source = None if base is None else (base / "model.safetensors").open("rb")
@@ -127,54 +172,121 @@ def measure(command: list[str]) -> tuple[float, float]:
     return float(seconds), float(peak)
 
 
+def drop_from_cache(paths: list[Path]) -> None:
+    """Have the kernel forget the contents of files, as far as they are on disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with checkpoints, and how to run merges of them."""
+
+    folder: Path
+    arguments: argparse.Namespace
+
+    def models(self, gigabytes: float, count: int) -> tuple[Path, list[Path]]:
+        """Return a base of a size and so many fine-tunes, written if they are not there yet."""
+        names = shapes(gigabytes)
+        home = self.folder / f"{gigabytes:g}"
+        home.mkdir(exist_ok=True)
+        base, *tuned = (home / name for name in ("base", *(f"tuned{i}" for i in range(count))))
+        for seed, path in enumerate((base, *tuned)):
+            if not path.exists():
+                write_model(path, names, seed, None if seed == 0 else base)
+        return base, tuned
+
+    def compare(self, method: str, base: Path, tuned: list[Path]) -> dict[str, float]:
+        """Time a method, the floor and, if asked for, another tool, in turns; return medians."""
+        row = ROWS[method]
+        tuned = tuned[: row.models]
+        recipe = self.folder / "recipe.yaml"
+        recipe.write_text(json.dumps(recipe_of(method, base, tuned), indent=1))
+        inputs = [path / "model.safetensors" for path in ([base] if row.base else []) + tuned]
+        ours = [sys.executable, "-m", "weightsmith", "merge", "--quiet", "--overwrite", str(recipe)]
+        ours += [str(self.folder / "out"), *self.arguments.flags]
+        beside = [sys.executable, __file__, "--floor", *map(str, inputs), str(self.folder / "floor")]
+        floors, walls, peaks = [], [], []
+        for _ in range(self.arguments.runs):
+            for command, found in ((beside, floors), (ours, walls)):
+                if self.arguments.cold:
+                    drop_from_cache(inputs)
+                seconds, peak = measure(command)
+                found.append(seconds)
+            peaks.append(peak)
+        low, high = statistics.median(floors), statistics.median(walls)
+        figures = {"floor s": low, "wall s": high, "first s": walls[0], "x floor": high / low}
+        figures |= {"x (floor + 1)": high / (low + 1), "peak MB": max(peaks)}
+        if self.arguments.against:
+            theirs, peak = measure([self.arguments.against, str(recipe), str(self.folder / "theirs")])
+            shutil.rmtree(self.folder / "theirs")
+            figures |= {"theirs s": theirs, "theirs MB": peak, "times faster": theirs / high}
+        return figures
+
+
+def recipe_of(method: str, base: Path, tuned: list[Path]) -> dict[str, Any]:
+    """Return a recipe that weightsmith and mergekit read alike."""
+    row = ROWS[method]
+    per_model = {"parameters": row.per_model} if row.per_model else {}
+    recipe: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16"}
+    recipe["models"] = [{"model": str(path), **per_model} for path in tuned]
+    if row.base:
+        recipe["base_model"] = str(base)
+    if row.overall:
+        recipe["parameters"] = row.overall
+    return recipe
+
+
+def table(bench: Bench, title: str, rows: list[tuple[str, str, float, int]]) -> None:
+    """Time rows of label, method, gigabytes a model and number of fine-tunes, and print them in Markdown."""
+    head = False
+    for label, method, gigabytes, count in rows:
+        figures = bench.compare(method, *bench.models(gigabytes, count))
+        if not head:
+            print(f"\n| {title} | " + " | ".join(figures) + " |")
+            print("|---" * (len(figures) + 1) + "|")
+            head = True
+        print(f"| {label} | " + " | ".join(_number(value) for value in figures.values()) + " |", flush=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def main() -> None:
-    """Make the inputs, time every method against the floor, and print the table."""
+    """Make the inputs, time every method against the floor, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of each model")
-    parser.add_argument("--models", type=int, default=2, help="fine-tunes beside the base")
-    parser.add_argument("--methods", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--models", type=int, default=4, help="fine-tunes beside the base")
+    parser.add_argument("--methods", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="METHOD")
     parser.add_argument("--runs", type=int, default=3, help="runs of each; the median is printed")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--cold", action="store_true", help="empty the page cache of the inputs before each run")
+    parser.add_argument("--scaling", action="store_true", help="by size and number of models, of the methods given")
+    parser.add_argument("--against", help="the program mergekit-yaml, to run the same recipes once")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the checkpoints")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="flags for weightsmith; the last flag")
     parser.add_argument("--floor", nargs="*", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.floor:
         floor(arguments.floor[:-1], arguments.floor[-1])
         return
     folder = Path(tempfile.mkdtemp(prefix="weightsmith-benchmark-", dir=arguments.folder))
+    bench = Bench(folder, arguments)
     try:
-        run(arguments, folder)
+        if arguments.scaling:
+            for method in arguments.methods:
+                by_size = [(f"{size:g} GB", method, size, arguments.models) for size in (0.25, 0.5, 1.0, 2.0)]
+                table(bench, f"{method}, {arguments.models} models", by_size)
+                by_number = [(str(count), method, arguments.gigabytes, count) for count in (2, 4, 8, 16)]
+                table(bench, f"{method}, models of {arguments.gigabytes:g} GB", by_number)
+        else:
+            rows = [(method, method, arguments.gigabytes, arguments.models) for method in arguments.methods]
+            table(bench, "method", rows)
     finally:
         shutil.rmtree(folder)
-
-
-def run(arguments: argparse.Namespace, folder: Path) -> None:
-    """Run the benchmark in a folder."""
-    names = shapes(arguments.gigabytes)
-    base = folder / "base"
-    write_model(base, names, 0, None)
-    tuned = [folder / f"tuned{i}" for i in range(arguments.models)]
-    for i, path in enumerate(tuned):
-        write_model(path, names, i + 1, base)
-    size = (base / "model.safetensors").stat().st_size
-    print(f"{size / 1e9:.2f} GB a model, bfloat16, {len(names)} tensors; a base and {len(tuned)} fine-tunes")
-    print(f"{'method':16}{'floor s':>9}{'wall s':>9}{'x floor':>9}{'peak MB':>9}")
-    for method in arguments.methods:
-        models = tuned[:1] if method in ONE_MODEL else tuned
-        command = [sys.executable, "-m", "weightsmith", "merge", "--quiet", "--overwrite", "--method", method]
-        command += ["--base", str(base)] + [part for path in models for part in ("--model", str(path))]
-        command += [part for name, value in SETTINGS.get(method, {}).items() for part in ("-p", f"{name}={value}")]
-        command += ["--threads", str(arguments.threads)] if arguments.threads else []
-        inputs = [str(path / "model.safetensors") for path in (base, *models)]
-        beside = [sys.executable, __file__, "--floor", *inputs, str(folder / "floor")]
-        floors, walls, peaks = [], [], []
-        for _ in range(arguments.runs):
-            floors.append(measure(beside)[0])
-            wall, peak = measure([*command, str(folder / "out")])
-            walls.append(wall)
-            peaks.append(peak)
-        low, high = statistics.median(floors), statistics.median(walls)
-        print(f"{method:16}{low:9.2f}{high:9.2f}{high / low:9.1f}{max(peaks):9.0f}", flush=True)
 
 
 if __name__ == "__main__":

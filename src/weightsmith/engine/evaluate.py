@@ -141,14 +141,18 @@ class Evaluator:
 
     def inputs(self, tensor: Computed, program: fuse.Fused, start: int, stop: int) -> list[Array]:
         """Read what a program needs of elements ``start`` to ``stop``; valid until this thread reads again."""
-        found = []
-        for slot in program.program.inputs:
-            part = tensor.inputs[slot]
-            if is_made(part):
-                found.append(np.ascontiguousarray(self.values(part, start, stop, tensor.working)))
-            else:
-                found.append(part.read_into(start, stop, SCRATCH.get(slot, (stop - start) * part.dtype.itemsize)))
-        return found
+        wanted = [(slot, tensor.inputs[slot]) for slot in program.program.inputs]
+        # What is computed comes first: it reads into the same buffers.
+        found = {
+            slot: np.ascontiguousarray(self.values(part, start, stop, tensor.working))
+            for slot, part in wanted
+            if is_made(part)
+        }
+        for slot, part in wanted:
+            if slot not in found:
+                buffer = SCRATCH.get(slot, (stop - start) * part.dtype.itemsize)
+                found[slot] = part.read_into(start, stop, buffer)
+        return [found[slot] for slot, _ in wanted]
 
     def prepare(self, tensor: Tensor, mapper: Mapper = in_turn) -> None:
         """Compute the statistics of every method within an expression, sweeping the data with ``mapper``."""
