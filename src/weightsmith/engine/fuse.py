@@ -58,7 +58,7 @@ class Fused:
         if isinstance(request, Patterns):
             return [select.patterns(output) for output in outputs]
         if isinstance(request, Equal):
-            return (position + (select.patterns(outputs[0]) == request.pattern).nonzero()[0]).tolist()
+            return (position + select.equal(select.patterns(outputs[0]), request.pattern)).tolist()
         if isinstance(request, Within):
             return [select.Gathered(above, [inside], len(inside)) for above, inside in found]
         if isinstance(request, Histograms):

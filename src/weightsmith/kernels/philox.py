@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_ROUNDS = 10
 
 
 def key_of(*parts: object) -> tuple[int, int]:
@@ -38,15 +38,15 @@ def philox4x32(counters: npt.NDArray[np.uint64], key: tuple[int, int]) -> npt.ND
     """
     c0, c1, c2, c3 = (np.ascontiguousarray(counters[:, i], dtype=np.uint64) for i in range(4))
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        p0 = c0 * _MULTIPLIERS[0]
-        p1 = c2 * _MULTIPLIERS[1]
+    for _ in range(ROUNDS):
+        p0 = c0 * np.uint64(MULTIPLIERS[0])
+        p1 = c2 * np.uint64(MULTIPLIERS[1])
         c0 = (p1 >> _HALF) ^ c1 ^ np.uint64(k0)
         c1 = p1 & _LOW
         c2 = (p0 >> _HALF) ^ c3 ^ np.uint64(k1)
         c3 = p0 & _LOW
-        k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
-        k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
+        k0 = (k0 + WEYL[0]) & 0xFFFFFFFF
+        k1 = (k1 + WEYL[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
 
 

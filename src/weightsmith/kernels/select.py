@@ -7,8 +7,10 @@ histograms of patterns find the k-th largest value without sorting and without r
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,31 @@ DIGIT = 16
 BINS = 1 << DIGIT
 
 
+def selector(values: Any) -> ModuleType:
+    """Return the module that selects among such values where they lie: this one, or its twin for PyTorch's tensors.
+
+    Both have ``patterns``, ``gather``, ``within``, ``histogram``, ``equal`` and ``look_up``.
+    """
+    if isinstance(values, np.ndarray):
+        return sys.modules[__name__]
+    from array_api_compat import is_torch_array
+
+    if not is_torch_array(values):
+        return sys.modules[__name__]
+    from weightsmith.kernels.torch import select
+
+    return select
+
+
 def patterns(values: Any) -> Patterns:
     """Return the bit patterns of float32 or float64 values, NumPy's or any library's on the CPU: ``[n]`` unsigned."""
     flat = np.ascontiguousarray(values).reshape(-1)
     return flat.view(np.uint64 if flat.dtype.itemsize == 8 else np.uint32)
+
+
+def gather(found: Patterns) -> Patterns:
+    """Return patterns as NumPy's, which they are."""
+    return found
 
 
 def value_of(pattern: int, width: int) -> float:
@@ -45,6 +68,11 @@ def histogram(found: Patterns, low: int, shift: int) -> npt.NDArray[np.int64]:
     """Count patterns from ``low`` on, ``2**shift`` of them in each of 65,536 bins; others are not counted."""
     digits = (found[found >= low] - low) >> shift
     return np.bincount(digits[digits < BINS].astype(np.int64), minlength=BINS)
+
+
+def equal(found: Patterns, pattern: int) -> npt.NDArray[np.int64]:
+    """Return the places of a pattern, ascending."""
+    return np.flatnonzero(found == pattern)
 
 
 @dataclass

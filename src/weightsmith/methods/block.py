@@ -97,12 +97,14 @@ class Block:
     @cached_property
     def positions(self) -> Array:
         """Index of every element in the statistic's scope: int64, in the blocks' shape."""
+        from array_api_compat import device
+
         shape = self.models[0].shape
         size = 1
         for length in shape:
             size *= length
         xp = self.xp
-        flat = xp.arange(self.start, self.start + size, dtype=xp.int64)
+        flat = xp.arange(self.start, self.start + size, dtype=xp.int64, device=device(self.models[0]))
         return xp.reshape(flat, shape)
 
 

@@ -170,14 +170,17 @@ def _rank_in_row(block: Block, delta: Array) -> Array:
     """Return the rank of each magnitude within its row, from 0 (smallest) to 1; 0.5 in a row of one."""
     xp = block.xp
     length = delta.shape[-1]
-    return rank_in_rows(xp, xp.abs(delta)) / (length - 1) if length > 1 else xp.full_like(delta, 0.5)
+    if length == 1:
+        return xp.full_like(delta, 0.5)
+    # By an array: by a number, PyTorch on a GPU multiplies with the reciprocal, and a mask could differ in an entry.
+    return rank_in_rows(xp, xp.abs(delta)) / xp.full_like(delta, length - 1)
 
 
 def _rank_by_table(block: Block, delta: Array, table: Array) -> Array:
-    from weightsmith.kernels import select
+    from weightsmith.kernels.select import selector
 
-    xp = block.xp
-    return xp.astype(xp.asarray(select.look_up(xp.abs(delta), table)), delta.dtype)
+    magnitude = block.xp.abs(delta)
+    return block.xp.astype(selector(magnitude).look_up(magnitude, table), delta.dtype)
 
 
 def _della(

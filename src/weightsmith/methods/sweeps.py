@@ -40,9 +40,10 @@ class Patterns:
 
     def __call__(self, block: Block) -> list[Any]:
         """Return a NumPy array of unsigned integers for each array of a block."""
-        from weightsmith.kernels import select
+        from weightsmith.kernels.select import selector
 
-        return [select.patterns(array) for array in self.values(block)]
+        found = [(selector(array), array) for array in self.values(block)]
+        return [kernel.gather(kernel.patterns(array)) for kernel, array in found]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class Within:
         """Return a :class:`~weightsmith.kernels.select.Gathered` of one block for each array."""
         from weightsmith.kernels import select
 
-        found = [
-            select.within(select.patterns(array), *bounds)
-            for array, bounds in zip(self.values(block), self.ranges, strict=True)
-        ]
-        return [select.Gathered(above, [inside], len(inside)) for above, inside in found]
+        gathered = []
+        for array, bounds in zip(self.values(block), self.ranges, strict=True):
+            kernel = select.selector(array)
+            above, inside = kernel.within(kernel.patterns(array), *bounds)
+            gathered.append(select.Gathered(above, [inside], len(inside)))
+        return gathered
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,14 @@ class Histograms:
 
     def __call__(self, block: Block) -> list[Any]:
         """Return the width of the patterns in bits, and 65,536 counts for each array."""
-        from weightsmith.kernels import select
+        from weightsmith.kernels.select import selector
 
-        arrays = [select.patterns(array) for array in self.values(block)]
+        arrays = self.values(block)
         width = 8 * arrays[0].dtype.itemsize
         counts = []
         for array, prefix in zip(arrays, self.prefixes, strict=True):
-            low, shift = self.of(prefix, width)
-            counts.append(select.histogram(array, low, shift))
+            kernel = selector(array)
+            counts.append(kernel.histogram(kernel.patterns(array), *self.of(prefix, width)))
         return [width, *counts]
 
 
@@ -114,7 +116,8 @@ class Equal:
 
     def __call__(self, block: Block) -> list[int]:
         """Return the indices in the scope, ascending."""
-        from weightsmith.kernels import select
+        from weightsmith.kernels.select import selector
 
         (array,) = self.values(block)
-        return [block.start + int(i) for i in (select.patterns(array) == self.pattern).nonzero()[0]]
+        kernel = selector(array)
+        return [block.start + int(i) for i in kernel.equal(kernel.patterns(array), self.pattern)]
