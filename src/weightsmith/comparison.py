@@ -13,7 +13,8 @@ from weightsmith import dtypes
 from weightsmith.architecture.stacks import analyse
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.tensor import Array, Tensor
-from weightsmith.engine.evaluate import SWEEP, Evaluator, blocks
+from weightsmith.engine.backend import SWEEP
+from weightsmith.engine.evaluate import Evaluator, blocks
 from weightsmith.engine.threads import ThreadMapper, default_threads
 
 
@@ -152,7 +153,7 @@ def compare(one: Checkpoint, other: Checkpoint, *, threads: int | None = None) -
 def _values(tensor: Tensor, start: int, stop: int) -> Array:
     """Read a stretch as float64; integers beyond 2**53 lose their last digits."""
     if dtypes.is_float(tensor.dtype):
-        return Evaluator().values(tensor, start, stop, np.dtype(np.float64))
+        return np.asarray(Evaluator().values(tensor, start, stop, np.dtype(np.float64)))
     values = tensor.read(start, stop)
     return np.abs(values).astype(np.float64) if values.dtype.kind == "c" else values.astype(np.float64)
 

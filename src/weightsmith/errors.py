@@ -34,6 +34,10 @@ class MethodError(WeightsmithError):
     """A merge method is unknown, wrongly declared or given parameters out of range."""
 
 
+class DeviceError(WeightsmithError):
+    """A device to compute on is not there, lacks a package or memory, or cannot do what is asked of it."""
+
+
 class OutputError(WeightsmithError):
     """The result cannot be written: target exists, disk full, another run holds it."""
 

@@ -20,6 +20,7 @@ import pytest
 import weightsmith as ws
 from conftest import llama_tensors, read_safetensors, write_safetensors
 from weightsmith.engine import executor
+from weightsmith.engine.backend import NUMPY
 from weightsmith.errors import CheckpointError, Interrupted, OutputError
 
 
@@ -43,7 +44,7 @@ def test_threads_shards_and_blocks_do_not_change_a_byte(inputs, tmp_path, method
     merge(inputs, method).save(tmp_path / "one", threads=1)
     expected = read_safetensors(tmp_path / "one")
     merge(inputs, method).save(tmp_path / "two", threads=4, shard_size=9_000)
-    monkeypatch.setattr(executor, "BLOCK", 100)
+    monkeypatch.setattr(NUMPY, "block", 100)
     monkeypatch.setattr(executor, "_SMALL", 50)
     merge(inputs, method).save(tmp_path / "three", threads=3)
     assert len(list((tmp_path / "two").glob("*.safetensors"))) > 3

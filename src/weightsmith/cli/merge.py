@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 @recipe_options
 @shard_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core.")
+@click.option("--device", help="What to compute on: cpu, the default, or a GPU: cuda, cuda:1 (with PyTorch).")
+@click.option(
+    "--backend", type=click.Choice(["numpy", "torch"]), help="By default numpy on the cpu, torch on any other device."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop, as 'weightsmith plan' does.")
@@ -33,6 +37,8 @@ def command(
     paths: tuple[str, ...],
     shard_size: int,
     threads: int | None,
+    device: str | None,
+    backend: str | None,
     overwrite: bool,
     restart: bool,
     dry_run: bool,
@@ -74,6 +80,8 @@ def command(
         paths[-1],
         shard_size=shard_size,
         threads=threads,
+        device=device,
+        backend=backend,
         overwrite=overwrite,
         restart=restart,
         progress=_listener(quiet=quiet, json_log=json_log),

@@ -9,6 +9,7 @@ import numpy as np
 
 from weightsmith.checkpoint.tensor import Array, ArrayTensor
 from weightsmith.dtypes import promote
+from weightsmith.engine.backend import choose_backend
 from weightsmith.engine.evaluate import Evaluator, blocks
 from weightsmith.engine.expression import Computed
 from weightsmith.engine.threads import ThreadMapper
@@ -27,6 +28,8 @@ def merge_arrays(
     labels: Sequence[str] = (),
     block_size: int = 1 << 17,
     threads: int = 1,
+    device: str | None = None,
+    backend: str | None = None,
 ) -> Array:
     """Merge arrays of one shape by a method, as the engine merges tensors of files.
 
@@ -40,12 +43,15 @@ def merge_arrays(
         labels: a name for each model, which random masks depend on; by default the positions.
         block_size: elements to compute at a time; the result does not depend on it.
         threads: how many threads compute; the result does not depend on it.
+        device: what to compute on: ``cpu``, the default, or ``cuda``, ``cuda:1``.
+        backend: ``numpy`` or ``torch``; by default NumPy on the CPU, PyTorch on a GPU.
 
     Returns:
         The merged array, in the models' shape, float32 (float64 if an input is), not rounded further.
 
     Raises:
         MethodError: if the method does not take these parameters or this number of models.
+        DeviceError: if there is no such device, or PyTorch is wanted and not installed.
     """
     chosen = get_method(method)
     tensor = Computed(
@@ -58,11 +64,11 @@ def merge_arrays(
         labels=tuple(labels),
         seed=seed,
     )
-    evaluator = Evaluator()
+    evaluator = Evaluator(backend=choose_backend(device, backend))
     with ThreadMapper(threads) as mapper:
         evaluator.prepare(tensor, mapper)
         stretches = blocks(tensor.size, tensor.columns, block_size)
-        parts = list(mapper(lambda part: evaluator.values(tensor, *part), stretches))
+        parts = list(mapper(lambda part: evaluator.result(tensor, *part, tensor.working)[0], stretches))
     if not parts:
         return np.zeros(tensor.shape, tensor.working)
     return np.concatenate(parts).reshape(tensor.shape)

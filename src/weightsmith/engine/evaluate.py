@@ -12,19 +12,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from weightsmith.checkpoint.tensor import Array, Tensor
-from weightsmith.dtypes import DType
+from weightsmith.dtypes import DType, working_dtype
 from weightsmith.engine import fuse
+from weightsmith.engine.backend import NUMPY, Backend, Values
 from weightsmith.engine.expression import Computed, Group, columns, computed_within, is_made
-from weightsmith.engine.scratch import Scratch
 from weightsmith.kernels import philox
-from weightsmith.kernels.convert import largest_finite, narrow, widen
 from weightsmith.methods.block import Block, Scope, Sweep
-
-# Elements in the blocks of a sweep. Sums of floats depend on it, so it is part of what a result is.
-SWEEP = 1 << 18
-
-# Where each thread reads its inputs to, block after block.
-SCRATCH = Scratch()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,6 +63,7 @@ class Evaluator:
         self,
         shared: dict[int, Any] | None = None,
         on_nonfinite: Callable[[str, int], None] | None = None,
+        backend: Backend = NUMPY,
     ) -> None:
         """Start with nothing computed.
 
@@ -77,15 +71,17 @@ class Evaluator:
             shared: id of a group -> its statistic.
             on_nonfinite: called with the label of an input and a count where a block of it has values that
                 are NaN or infinite.
+            backend: whose arrays methods are given.
         """
+        self.backend = backend
         self._shared = shared if shared is not None else {}
         self._on_nonfinite = on_nonfinite
         self._statistics: dict[int, Any] = {}
-        self._whole: dict[int, Array] = {}
+        self._whole: dict[int, Values] = {}
         self._programs: dict[tuple[int, DType], fuse.Fused | None] = {}
         self._lock = threading.RLock()
 
-    def values(self, tensor: Tensor, start: int, stop: int, working: DType | None = None) -> Array:
+    def values(self, tensor: Tensor, start: int, stop: int, working: DType | None = None) -> Values:
         """Return elements ``start`` to ``stop`` of a tensor, stored or computed: ``[n]``, unrounded.
 
         Args:
@@ -93,21 +89,12 @@ class Evaluator:
             start: flat index of the first element.
             stop: flat index after the last.
             working: float32 or float64; by default the dtype of the tensor's own arithmetic.
+
+        Returns:
+            An array of the backend's kind.
         """
-        if isinstance(tensor, Computed):
-            found = self._computed(tensor, start, stop)
-            if working is None:
-                return found
-            if tensor.rounds:
-                found = widen(narrow(found, tensor.dtype), working)
-            return found.astype(working, copy=False)
-        if working is None:
-            working = np.dtype(np.float64 if tensor.dtype == np.float64 else np.float32)
-        wide = getattr(tensor, "read_wide", None)
-        if wide is not None:
-            found = wide(start, stop)
-            return np.asarray(found).astype(working, copy=False)
-        return widen(tensor.read(start, stop), working)
+        with self.backend.computing():
+            return self._values(tensor, start, stop, working)
 
     def result(
         self, tensor: Tensor, start: int, stop: int, dtype: DType, out: Array | None = None
@@ -123,18 +110,14 @@ class Evaluator:
         """
         program = self._program(tensor, dtype) if isinstance(tensor, Computed) else None
         if program is None or not isinstance(tensor, Computed):
-            wide = self.values(tensor, start, stop)
-            values = narrow(wide, dtype)
-            if wide.size == 0 or float(np.max(np.abs(wide))) <= largest_finite(dtype):
-                return values, 0
-            return values, int(np.count_nonzero(~np.isfinite(values)))
+            with self.backend.computing():
+                return self.backend.store(self._values(tensor, start, stop), dtype, out)
         if out is None:
             out = np.empty(stop - start, dtype)
         inputs = self.inputs(tensor, program, start, stop)
         lost, found = program.compute(inputs, out, start, tensor.group.offset_of(tensor) + start)
         if self._on_nonfinite is not None:
-            labels = (*(() if tensor.base is None else ("base",)), *tensor.labels)
-            for label, count in zip(labels, found, strict=False):
+            for label, count in zip(_labels(tensor), found, strict=False):
                 if count:
                     self._on_nonfinite(label, count)
         return out, lost
@@ -150,7 +133,7 @@ class Evaluator:
         }
         for slot, part in wanted:
             if slot not in found:
-                buffer = SCRATCH.get(slot, (stop - start) * part.dtype.itemsize)
+                buffer = self.backend.scratch.get(slot, (stop - start) * part.dtype.itemsize)
                 found[slot] = part.read_into(start, stop, buffer)
         return [found[slot] for slot, _ in wanted]
 
@@ -172,7 +155,17 @@ class Evaluator:
                     known[key] = run_statistic(self, tensor.group, mapper)
         return known[key]
 
-    def _computed(self, tensor: Computed, start: int, stop: int) -> Array:
+    def _values(self, tensor: Tensor, start: int, stop: int, working: DType | None = None) -> Values:
+        if not isinstance(tensor, Computed):
+            return self.backend.load(tensor, start, stop, working or working_dtype([tensor.dtype]))
+        found = self._computed(tensor, start, stop)
+        if working is None:
+            return found
+        if tensor.rounds:
+            return self.backend.rounded(found, tensor.dtype, working)
+        return self.backend.flat(found, working)
+
+    def _computed(self, tensor: Computed, start: int, stop: int) -> Values:
         vector = columns(tensor.shape, tensor.reads)
         if tensor.reads == "tensor":
             return self._whole_of(tensor)[start:stop]
@@ -185,38 +178,35 @@ class Evaluator:
         return found[start - first : stop - first]
 
     def _program(self, tensor: Computed, dtype: DType) -> fuse.Fused | None:
+        if not self.backend.fuses:
+            return None
         key = (id(tensor), dtype)
         if key not in self._programs:
             # Made twice where two threads meet here, to the same effect.
             self._programs[key] = fuse.result_program(tensor, self.statistic(tensor), dtype)
         return self._programs[key]
 
-    def _whole_of(self, tensor: Computed) -> Array:
-        with self._lock:
+    def _whole_of(self, tensor: Computed) -> Values:
+        # Complete before another thread takes it: that is what leaving the context says.
+        with self._lock, self.backend.computing():
             if id(tensor) not in self._whole:
                 statistic = self.statistic(tensor)
                 block = self.block(tensor, 0, tensor.size)
                 self._whole[id(tensor)] = self._call(tensor, statistic, block)
             return self._whole[id(tensor)]
 
-    def _call(self, tensor: Computed, statistic: Any, block: Block) -> Array:
+    def _call(self, tensor: Computed, statistic: Any, block: Block) -> Values:
         if self._on_nonfinite is not None:
-            for part, label, values in zip(tensor.models, tensor.labels, block.models, strict=True):
-                self._report(part, label, values)
-            if tensor.base is not None:
-                self._report(tensor.base, "base", block.base)
-        with np.errstate(all="ignore"):
-            result = tensor.method.call(block, statistic, tensor.parameters)
-        return np.asarray(result).reshape(-1).astype(tensor.working, copy=False)
+            self._report(tensor, block)
+        return self.backend.flat(tensor.method.call(block, statistic, tensor.parameters), tensor.working)
 
-    def _report(self, part: Tensor, label: str, values: Any) -> None:
-        # A sum is the cheapest test: it is finite only if no value is NaN or infinite (or it overflowed).
-        with np.errstate(all="ignore"):
-            if isinstance(part, Computed) or np.isfinite(values.sum()):
-                return
-        count = values.size - int(np.count_nonzero(np.isfinite(values)))
-        if count and self._on_nonfinite is not None:
-            self._on_nonfinite(label, count)
+    def _report(self, tensor: Computed, block: Block) -> None:
+        """Count what is not finite in stored inputs; what is computed was counted where it was."""
+        arrays = block.models if tensor.base is None else (block.base, *block.models)
+        stored = [i for i, part in enumerate(tensor.inputs) if not isinstance(part, Computed)]
+        for i, count in zip(stored, self.backend.nonfinite([arrays[i] for i in stored]), strict=True):
+            if count and self._on_nonfinite is not None:
+                self._on_nonfinite(_labels(tensor)[i], count)
 
     def block(self, tensor: Computed, start: int, stop: int, offset: int | None = None) -> Block:
         """Read the inputs of a computed tensor: what its method sees of elements ``start`` to ``stop``.
@@ -231,15 +221,15 @@ class Evaluator:
         if offset is None:
             offset = tensor.group.offset_of(tensor)
 
-        def stretch(part: Tensor) -> Array:
-            values = self.values(part, start, stop, tensor.working)
+        def stretch(part: Tensor) -> Values:
+            values = self._values(part, start, stop, tensor.working)
             if tensor.casts is not None:
-                values = widen(narrow(values, tensor.casts), tensor.working)
+                values = self.backend.rounded(values, tensor.casts, tensor.working)
             return values.reshape(shape)
 
-        def draw(model: int) -> Array:
+        def draw(model: int) -> Values:
             key = philox.key_of(tensor.seed, tensor.name, tensor.labels[model])
-            return philox.uniform(key, start, stop).reshape(shape)
+            return self.backend.uniform(key, start, stop).reshape(shape)
 
         return Block(
             base=None if tensor.base is None else stretch(tensor.base),
@@ -256,11 +246,12 @@ _Stretch = tuple[Computed, int, int, int]
 def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) -> Any:
     """Drive a statistic's generator over all blocks of a scope, and return what it returns."""
     first = group.members[0]
+    sweep_length = evaluator.backend.sweep
     stretches: list[_Stretch] = []
     offset = 0
     for member in group.members:
         vector = columns(member.shape, member.reads)
-        stretches += [(member, start, stop, offset) for start, stop in blocks(member.size, vector, SWEEP)]
+        stretches += [(member, start, stop, offset) for start, stop in blocks(member.size, vector, sweep_length)]
         offset += member.size
     scope = Scope(size=offset, models=len(first.models))
     generator = first.method.start_statistic(scope, first.parameters)
@@ -294,12 +285,14 @@ class _Visit:
         member, start, stop, before = stretch
         program = self._program(member)
         if program is None:
-            with np.errstate(all="ignore"):
+            with self._evaluator.backend.computing():
                 return self._function(self._evaluator.block(member, start, stop, before))
         inputs = self._evaluator.inputs(member, program, start, stop)
         return program.answer(inputs, stop - start, start, before + start)
 
     def _program(self, member: Computed) -> fuse.Fused | None:
+        if not self._evaluator.backend.fuses:
+            return None
         key = fuse.signature(member)
         if key not in self._programs:
             self._programs[key] = fuse.request_program(member, self._function)
@@ -349,3 +342,8 @@ def _block_shape(tensor: Computed, start: int, stop: int) -> tuple[int, ...]:
         return tensor.shape
     vector = columns(tensor.shape, tensor.reads)
     return ((stop - start) // vector, vector)
+
+
+def _labels(tensor: Computed) -> tuple[str, ...]:
+    """Return the names under which what is found in a tensor's inputs is reported."""
+    return tensor.labels if tensor.base is None else ("base", *tensor.labels)

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from weightsmith.checkpoint.layout import Shard
 from weightsmith.checkpoint.safetensors import StoredTensor
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.ahead import ReadAhead, input_width
-from weightsmith.engine.evaluate import SCRATCH, Evaluator, Mapper, blocks, in_turn, run_statistic
+from weightsmith.engine.backend import NUMPY, Backend
+from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
 from weightsmith.engine.expression import Computed, carried, computed_within, stored_within
 from weightsmith.engine.journal import Journal
-from weightsmith.engine.plan import BLOCK, Plan, Task
+from weightsmith.engine.plan import Plan, Task
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper
 from weightsmith.engine.writeback import WriteBehind
@@ -80,6 +81,7 @@ def execute(
     *,
     threads: int,
     listener: ProgressListener | None = None,
+    backend: Backend = NUMPY,
 ) -> tuple[NonFinite, ...]:
     """Write the weights of a plan into a folder.
 
@@ -89,6 +91,7 @@ def execute(
         journal: the run's journal; tensors it holds are not computed again.
         threads: how many threads to use.
         listener: told of progress.
+        backend: whose arrays are computed on.
 
     Returns:
         Where NaN and infinity were met.
@@ -101,7 +104,7 @@ def execute(
     check_space(plan, folder)
     pending = sorted((task for task in plan.tasks if task.name not in journal.finished), key=_place_in_input)
     done = sum(task.nbytes for task in plan.tasks) - sum(task.nbytes for task in pending)
-    run = _Run(plan, folder, journal, listener or Silent())
+    run = _Run(plan, folder, journal, listener or Silent(), backend)
     run.listener.start(done + sum(task.nbytes for task in pending), len(plan.tasks), done)
     try:
         with run.open_files(pending), ThreadMapper(threads, matrices=_takes_matrices(pending)) as mapper:
@@ -141,11 +144,14 @@ def check_space(plan: Plan, folder: Path) -> None:
 class _Run:
     """The state of one execution: open files, finished tensors, counts of non-finite values."""
 
-    def __init__(self, plan: Plan, folder: Path, journal: Journal, listener: ProgressListener) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, journal: Journal, listener: ProgressListener, backend: Backend
+    ) -> None:
         self.plan = plan
         self.folder = folder
         self.journal = journal
         self.listener = listener
+        self.backend = backend
         self.stopping = threading.Event()
         self.shared: dict[int, Any] = {}
         self._files: list[int] = []
@@ -211,7 +217,7 @@ class _Run:
                 group = part.group
                 wanted = part.method.statistic is not None and len(group.members) > 1
                 if wanted and id(group) not in self.shared:
-                    self.shared[id(group)] = run_statistic(Evaluator(self.shared), group, mapper)
+                    self.shared[id(group)] = run_statistic(self._evaluator(), group, mapper)
 
     def _do(self, task: Task, mapper: Mapper) -> None:
         if self.stopping.is_set():
@@ -219,7 +225,7 @@ class _Run:
         place = self.plan.place(task)
         handle = self._files[place.shard]
         tensor = task.tensor
-        evaluator = Evaluator(self.shared, lambda where, n: self._note(task.name, where, n))
+        evaluator = self._evaluator(lambda where, n: self._note(task.name, where, n))
         source = carried(tensor, task.dtype)
         if source is None:
             evaluator.prepare(tensor, mapper)
@@ -230,7 +236,7 @@ class _Run:
                 return
             offset = place.offset + stretch[0] * task.dtype.itemsize
             nbytes = (stretch[1] - stretch[0]) * task.dtype.itemsize
-            room = SCRATCH.get("result", nbytes)
+            room = self.backend.scratch.get("result", nbytes)
             if source is not None:
                 if not source.copy_to(*stretch, handle, offset):
                     _write_all(handle, source.read_into(*stretch, room), offset)
@@ -243,13 +249,16 @@ class _Run:
             self.listener.advance(nbytes)
 
         vector = tensor.columns if isinstance(tensor, Computed) else 1
-        for _ in mapper(one, blocks(task.size, vector, BLOCK)):
+        for _ in mapper(one, blocks(task.size, vector, self.backend.block)):
             pass
         if self.stopping.is_set():
             return
         with self._lock:
             self._finished.append(task)
         self.listener.tensor_done(task.name)
+
+    def _evaluator(self, on_nonfinite: Callable[[str, int], None] | None = None) -> Evaluator:
+        return Evaluator(self.shared, on_nonfinite, self.backend)
 
     def _note(self, tensor: str, where: str, count: int) -> None:
         if count:

@@ -13,11 +13,9 @@ from weightsmith.checkpoint.checkpoint import Identity
 from weightsmith.checkpoint.layout import Layout, Placement
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
-from weightsmith.engine.evaluate import SWEEP
+from weightsmith.engine.backend import BLOCK, SWEEP
 from weightsmith.engine.expression import Computed, computed_within, stored_within
 
-# Elements computed at a time: with a few inputs and temporaries this fits a core's own cache.
-BLOCK = 1 << 18
 # What the interpreter, the libraries and the plan hold, with what the allocator keeps: measured, with a margin.
 _RESIDENT = 90_000_000
 # Working arrays of a block beside its inputs: delta, magnitude, mask, random numbers, sum and result.

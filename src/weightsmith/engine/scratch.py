@@ -23,7 +23,10 @@ class Scratch(threading.local):
         """Return ``[nbytes]`` uint8, whatever it holds from its last use by that name."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < nbytes:
-            memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+            memory = self._allocate(nbytes + _ALIGNMENT)
             skipped = -memory.ctypes.data % _ALIGNMENT
             buffer = self._buffers[name] = memory[skipped : skipped + nbytes]
         return buffer[:nbytes]
+
+    def _allocate(self, nbytes: int) -> Array:
+        return np.empty(nbytes, np.uint8)

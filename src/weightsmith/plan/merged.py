@@ -18,6 +18,7 @@ from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
 from weightsmith.checkpoint.staging import Staging, check_target
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
+from weightsmith.engine.backend import Backend, choose_backend
 from weightsmith.engine.executor import Summary, check_space, execute
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.plan import Plan, Task
@@ -118,6 +119,8 @@ class LazyCheckpoint(Checkpoint):
         overwrite: bool = False,
         restart: bool = False,
         progress: ProgressListener | None = None,
+        device: str | None = None,
+        backend: str | None = None,
     ) -> Summary:
         """Compute the weights and write them, with everything that belongs beside them.
 
@@ -128,12 +131,16 @@ class LazyCheckpoint(Checkpoint):
             overwrite: whether a target that exists may be replaced.
             restart: whether to discard what an unfinished run left, instead of going on from there.
             progress: told of progress.
+            device: what to compute on: ``cpu``, the default, or ``cuda`` (``cuda:1`` for the second GPU).
+            backend: ``numpy`` or ``torch``; by default NumPy and fused loops on the CPU, PyTorch on a GPU.
 
         Raises:
+            DeviceError: if there is no such device, or PyTorch is wanted and not installed.
             OutputError: if the target exists, is an input, or cannot be written.
             Interrupted: on Ctrl-C; the same call goes on from there.
         """
         started = time.monotonic()
+        computing = choose_backend(device, backend)
         path = Path(os.path.abspath(target))
         single = path.suffix == ".safetensors"
         plan = self.plan(shard_size=shard_size, file=path.name if single else None)
@@ -141,10 +148,15 @@ class LazyCheckpoint(Checkpoint):
         self._check_not_input(path)
         with Staging(path, overwrite=overwrite, restart=restart) as staging:
             check_space(plan, staging.content)
-            journal = Journal(staging.journal, _run_identity(plan))
+            journal = Journal(staging.journal, _run_identity(plan, computing))
             try:
                 nonfinite = execute(
-                    plan, staging.content, journal, threads=threads or default_threads(), listener=progress
+                    plan,
+                    staging.content,
+                    journal,
+                    threads=threads or default_threads(),
+                    listener=progress,
+                    backend=computing,
                 )
             finally:
                 journal.close()
@@ -204,7 +216,7 @@ def _sources(inputs: Sequence[Checkpoint]) -> dict[int, str]:
     return {id(tensor): one.name for one in inputs for tensor in one.values()}
 
 
-def _run_identity(plan: Plan) -> dict[str, Any]:
+def _run_identity(plan: Plan, backend: Backend) -> dict[str, Any]:
     """What a journal must agree on for its tensors to be taken as done."""
     laid_out = hashlib.blake2b(digest_size=16)
     for task in plan.tasks:
@@ -215,4 +227,5 @@ def _run_identity(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "inputs": [asdict(identity) for identity in plan.identities],
         "layout": laid_out.hexdigest(),
+        "arithmetic": backend.name,
     }
