@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import reduce
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
@@ -76,10 +77,23 @@ class Evaluator:
         self.backend = backend
         self._shared = shared if shared is not None else {}
         self._on_nonfinite = on_nonfinite
+        self._counts_blocks = on_nonfinite is not None
         self._statistics: dict[int, Any] = {}
         self._whole: dict[int, Values] = {}
         self._programs: dict[tuple[int, DType], fuse.Fused | None] = {}
         self._lock = threading.RLock()
+
+    def for_sweeps(self, backend: Backend) -> Evaluator:
+        """Return an evaluator that knows what this one knows and reports nothing: what is not finite is counted once.
+
+        Args:
+            backend: whose arrays methods are given.
+        """
+        other = copy(self)
+        other._counts_blocks = False
+        if backend is not self.backend:
+            other.backend, other._whole, other._programs = backend, {}, {}
+        return other
 
     def values(self, tensor: Tensor, start: int, stop: int, working: DType | None = None) -> Values:
         """Return elements ``start`` to ``stop`` of a tensor, stored or computed: ``[n]``, unrounded.
@@ -116,10 +130,8 @@ class Evaluator:
             out = np.empty(stop - start, dtype)
         inputs = self.inputs(tensor, program, start, stop)
         lost, found = program.compute(inputs, out, start, tensor.group.offset_of(tensor) + start)
-        if self._on_nonfinite is not None:
-            for label, count in zip(_labels(tensor), found, strict=False):
-                if count:
-                    self._on_nonfinite(label, count)
+        if self._counts_blocks:
+            self._report(tensor, found[: len(tensor.inputs)])
         return out, lost
 
     def inputs(self, tensor: Computed, program: fuse.Fused, start: int, stop: int) -> list[Array]:
@@ -174,7 +186,10 @@ class Evaluator:
         if self._program(tensor, tensor.working) is not None:
             found, _ = self.result(tensor, first, last, tensor.working)
         else:
-            found = self._call(tensor, self.statistic(tensor), self.block(tensor, first, last))
+            block = self.block(tensor, first, last)
+            if self._counts_blocks:
+                self._count(tensor, block)
+            found = self._call(tensor, self.statistic(tensor), block)
         return found[start - first : stop - first]
 
     def _program(self, tensor: Computed, dtype: DType) -> fuse.Fused | None:
@@ -192,21 +207,29 @@ class Evaluator:
             if id(tensor) not in self._whole:
                 statistic = self.statistic(tensor)
                 block = self.block(tensor, 0, tensor.size)
+                self._count(tensor, block)
                 self._whole[id(tensor)] = self._call(tensor, statistic, block)
             return self._whole[id(tensor)]
 
     def _call(self, tensor: Computed, statistic: Any, block: Block) -> Values:
-        if self._on_nonfinite is not None:
-            self._report(tensor, block)
         return self.backend.flat(tensor.method.call(block, statistic, tensor.parameters), tensor.working)
 
-    def _report(self, tensor: Computed, block: Block) -> None:
-        """Count what is not finite in stored inputs; what is computed was counted where it was."""
+    def _count(self, tensor: Computed, block: Block) -> None:
+        """Report what is not finite in stored inputs; what is computed was counted where it was."""
+        if self._on_nonfinite is None:
+            return
         arrays = block.models if tensor.base is None else (block.base, *block.models)
         stored = [i for i, part in enumerate(tensor.inputs) if not isinstance(part, Computed)]
+        counts = [0] * len(arrays)
         for i, count in zip(stored, self.backend.nonfinite([arrays[i] for i in stored]), strict=True):
+            counts[i] = count
+        self._report(tensor, counts)
+
+    def _report(self, tensor: Computed, counts: Sequence[int]) -> None:
+        labels = tensor.labels if tensor.base is None else ("base", *tensor.labels)
+        for label, count in zip(labels, counts, strict=True):
             if count and self._on_nonfinite is not None:
-                self._on_nonfinite(_labels(tensor)[i], count)
+                self._on_nonfinite(label, count)
 
     def block(self, tensor: Computed, start: int, stop: int, offset: int | None = None) -> Block:
         """Read the inputs of a computed tensor: what its method sees of elements ``start`` to ``stop``.
@@ -246,12 +269,13 @@ _Stretch = tuple[Computed, int, int, int]
 def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) -> Any:
     """Drive a statistic's generator over all blocks of a scope, and return what it returns."""
     first = group.members[0]
-    sweep_length = evaluator.backend.sweep
+    backend = evaluator.backend
+    evaluator = evaluator.for_sweeps(backend)
     stretches: list[_Stretch] = []
     offset = 0
     for member in group.members:
         vector = columns(member.shape, member.reads)
-        stretches += [(member, start, stop, offset) for start, stop in blocks(member.size, vector, sweep_length)]
+        stretches += [(member, start, stop, offset) for start, stop in blocks(member.size, vector, backend.sweep)]
         offset += member.size
     scope = Scope(size=offset, models=len(first.models))
     generator = first.method.start_statistic(scope, first.parameters)
@@ -307,8 +331,11 @@ _RUNS_AT_A_TIME = 16
 
 
 def _visit_samples(evaluator: Evaluator, group: Group, sweep: Sweep, mapper: Mapper) -> Iterator[Any]:
-    """Visit short stretches from all over a scope, several in one piece of work."""
-    visit = _Visit(evaluator, sweep)
+    """Visit short stretches from all over a scope, several in one piece of work.
+
+    They are too short to be worth a way to another device; and a sample says only where to look.
+    """
+    visit = _Visit(evaluator.for_sweeps(NUMPY), sweep)
 
     def several(runs: list[_Stretch]) -> list[Any]:
         return [visit(run) for run in runs]
@@ -342,8 +369,3 @@ def _block_shape(tensor: Computed, start: int, stop: int) -> tuple[int, ...]:
         return tensor.shape
     vector = columns(tensor.shape, tensor.reads)
     return ((stop - start) // vector, vector)
-
-
-def _labels(tensor: Computed) -> tuple[str, ...]:
-    """Return the names under which what is found in a tensor's inputs is reported."""
-    return tensor.labels if tensor.base is None else ("base", *tensor.labels)

@@ -76,11 +76,10 @@ def _to_bytes(values: Any, dtype: DType) -> Any:
 
     The byte of a value without its sign is the value's place among the non-negative ones.
     """
-    boundaries, codes = _search(dtype, np.dtype(np.float64 if values.dtype == torch.float64 else np.float32))
-    place = torch.bucketize(torch.abs(values), boundaries.to(values.device))
-    code = codes.to(values.device)[place]
+    boundaries, codes, nan = _search(dtype, values.dtype == torch.float64, values.device)
+    code = codes[torch.bucketize(torch.abs(values), boundaries)]
     negative = torch.signbit(values) & (code != 0) if _unsigned_zero(dtype) else torch.signbit(values)
-    return torch.where(torch.isnan(values), codes[-1].item(), code | (negative.to(torch.uint8) << 7))
+    return torch.where(torch.isnan(values), nan, code | (negative.to(torch.uint8) << 7))
 
 
 def _unsigned_zero(dtype: DType) -> bool:
@@ -89,11 +88,12 @@ def _unsigned_zero(dtype: DType) -> bool:
 
 
 @cache
-def _search(dtype: DType, working: DType) -> tuple[Any, Any]:
-    """Return the largest numbers that round to each non-negative value, and the bytes of the values.
+def _search(dtype: DType, double: bool, device: Any) -> tuple[Any, Any, int]:
+    """Return the largest numbers that round to each non-negative value, the bytes of these values, and that of NaN.
 
-    Of two bytes more than there are boundaries, the last but one is that of an overflow, the last that of NaN.
+    There is a byte more than there are boundaries: that of what overflows.
     """
+    working = np.dtype(np.float64 if double else np.float32)
     positive = np.arange(128, dtype=np.uint8).view(dtype).astype(working)
     count = int(np.count_nonzero(np.isfinite(positive)))
     finite = positive[:count]
@@ -104,8 +104,8 @@ def _search(dtype: DType, working: DType) -> tuple[Any, Any]:
     odd = np.arange(count) % 2 == 1
     boundaries = np.where(odd, np.nextafter(halfway, working.type(-np.inf)), halfway)
     overflow, nan = np.array([np.inf, np.nan], working).astype(dtype).view(np.uint8)
-    codes = np.append(np.arange(count, dtype=np.uint8), [overflow, nan])
-    return torch.from_numpy(boundaries), torch.from_numpy(codes)
+    codes = np.append(np.arange(count, dtype=np.uint8), overflow)
+    return torch.from_numpy(boundaries).to(device), torch.from_numpy(codes).to(device), int(nan)
 
 
 @cache
