@@ -22,8 +22,9 @@ from weightsmith.engine.scratch import Scratch
 from weightsmith.errors import DeviceError
 from weightsmith.kernels.torch import convert, philox
 
-# Elements at a time on a GPU: enough to fill it, few enough for the temporaries of a dozen threads.
-_GPU_BLOCK = 1 << 22
+# Elements at a time on a GPU: enough to fill it, few enough for the temporaries of a dozen threads. As on a CPU, sums
+# depend on those of a sweep.
+_GPU_BLOCK = _GPU_SWEEP = 1 << 22
 
 
 class TorchBackend(Backend):
@@ -45,7 +46,7 @@ class TorchBackend(Backend):
         hardware = torch.cuda.get_device_name(self.device) if on_gpu else "cpu"
         self.name = f"torch {torch.__version__} on {hardware}"
         self.block = _GPU_BLOCK if on_gpu else BLOCK
-        self.sweep = _GPU_BLOCK if on_gpu else SWEEP
+        self.sweep = _GPU_SWEEP if on_gpu else SWEEP
         self.scratch = _Pinned() if on_gpu else Scratch()
         self._thread = _Thread(self.device if on_gpu else None)
 
