@@ -92,7 +92,7 @@ class Evaluator:
         other = copy(self)
         other._counts_blocks = False
         if backend is not self.backend:
-            other.backend, other._whole, other._programs = backend, {}, {}
+            other.backend, other._whole, other._programs, other._on_nonfinite = backend, {}, {}, None
         return other
 
     def values(self, tensor: Tensor, start: int, stop: int, working: DType | None = None) -> Values:
@@ -202,13 +202,14 @@ class Evaluator:
         return self._programs[key]
 
     def _whole_of(self, tensor: Computed) -> Values:
-        # Complete before another thread takes it: that is what leaving the context says.
-        with self._lock, self.backend.computing():
+        with self._lock:
             if id(tensor) not in self._whole:
                 statistic = self.statistic(tensor)
-                block = self.block(tensor, 0, tensor.size)
-                self._count(tensor, block)
-                self._whole[id(tensor)] = self._call(tensor, statistic, block)
+                # Complete before another thread takes it: that is what leaving the context says.
+                with self.backend.computing():
+                    block = self.block(tensor, 0, tensor.size)
+                    self._count(tensor, block)
+                    self._whole[id(tensor)] = self._call(tensor, statistic, block)
             return self._whole[id(tensor)]
 
     def _call(self, tensor: Computed, statistic: Any, block: Block) -> Values:
