@@ -18,7 +18,7 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, columns, is_made
 from weightsmith.kernels import native, philox, select
 from weightsmith.kernels.program import Collect, Histogram, Program, Store, Terminal, load, rounded, storable
-from weightsmith.kernels.trace import Lazy, Positions, Recorder, Total, Untraceable
+from weightsmith.kernels.trace import Lazy, Positions, Recorder, Total, Unknown, Untraceable
 from weightsmith.methods.block import Block
 from weightsmith.methods.sweeps import Equal, Histograms, Numbers, Patterns, Within
 
@@ -85,7 +85,9 @@ def result_program(tensor: Computed, statistic: Any, dtype: DType) -> Fused | No
         return _result_program(tensor, statistic, dtype)
     # The same for every tensor with these parameters: models of experts have tens of thousands.
     try:
-        key = (tensor.method.function, tuple(sorted(tensor.parameters.items())), dtype, *signature(tensor))
+        given = tuple(sorted(tensor.parameters.items()))
+        # Written out as well: 0.0 equals -0.0, and is another parameter.
+        key = (tensor.method.function, given, repr(given), dtype, *signature(tensor))
         found = _SHARED.get(key, _SHARED)
     except TypeError:
         return _result_program(tensor, statistic, dtype)
@@ -102,8 +104,11 @@ _MOST_SHARED = 256
 
 def _result_program(tensor: Computed, statistic: Any, dtype: DType) -> Fused | None:
     def terminals(block: Block) -> list[Terminal]:
-        result = tensor.method.call(block, statistic, tensor.parameters)
-        return [Store(_lazy(result), dtype)]
+        result = _lazy(tensor.method.call(block, statistic, tensor.parameters))
+        if result.kind == "f64":
+            # To the dtype of the arithmetic before any other, as everywhere: rounding once is another result.
+            result = block.xp.astype(result, tensor.working)
+        return [Store(result, dtype)]
 
     return _compiled(tensor, terminals, None, counts=len(tensor.inputs))
 
@@ -160,7 +165,7 @@ def _compiled(tensor: Computed, terminals: Any, request: Request | None, counts:
     try:
         block = _symbolic(tensor, recorder, counted=counts > 0)
         return Fused(Program(library, recorder, terminals(block), counts=counts), request)
-    except Exception:
+    except (Untraceable, Exception):
         # Whatever a method does that symbolic arrays do not know, it may do to real ones; if it is a mistake of
         # the method's, it shows itself there.
         if os.environ.get("WEIGHTSMITH_KERNELS") == "strict":
@@ -189,7 +194,7 @@ def _symbolic(tensor: Computed, recorder: Recorder, *, counted: bool) -> Symboli
     return SymbolicBlock(
         base=None if tensor.base is None else values[0],
         models=tuple(values if tensor.base is None else values[1:]),
-        start=0,
+        start=Unknown(),  # type: ignore[arg-type]
         draw=draw,
     )
 
@@ -197,6 +202,9 @@ def _symbolic(tensor: Computed, recorder: Recorder, *, counted: bool) -> Symboli
 def _lazy(value: Any) -> Lazy:
     if not isinstance(value, Lazy):
         raise Untraceable(f"a result that is {type(value).__name__}")
+    if value.single and value.recorder.columns is not None:
+        # A constant for the whole block, or one column; NumPy knows which of them is a result.
+        raise Untraceable("a result of one value a row")
     return value
 
 

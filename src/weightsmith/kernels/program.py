@@ -141,7 +141,11 @@ class Program:
         self._found: list[Collect | Histogram] = []
         self._results: list[tuple[str, int, int]] = []
         schedule = _scheduled([self._terminal(terminal) for terminal in terminals])
-        loads = {step.numbers[0] for step in schedule if isinstance(step, Lazy) and step.operation.startswith("load_")}
+        nodes = [step for step in schedule if isinstance(step, Lazy)]
+        if any(node.recorder is not recorder for node in nodes):
+            # A method that keeps an array from one call for the next.
+            raise Untraceable("an array of another block")
+        loads = {node.numbers[0] for node in nodes if node.operation.startswith("load_")}
         self.inputs = sorted(loads)
         self._place = {slot: place for place, slot in enumerate(self.inputs)}
         self._assemble(schedule)
@@ -161,6 +165,9 @@ class Program:
         Raises:
             MemoryError: if there is no memory for the registers.
         """
+        # The machine goes by addresses: what does not fit must not reach it.
+        if count % self.columns or any(len(array) != count for array in (*inputs, *outputs)):
+            raise ValueError(f"a stretch of {count} elements in rows of {self.columns}, with arrays of other lengths")
         sums = np.empty(self._sums)
         counts = np.empty(self._counts, np.int64)
         found: list[Array] = []

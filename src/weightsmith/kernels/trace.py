@@ -11,13 +11,19 @@ dtype of the array it meets.
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from weightsmith.dtypes import DType
+
+# No position is beyond it, and none overflows when it is compared.
+_FARTHEST = 2**62
+# Larger ones are rounded twice, to float64 and to float32, where NumPy may round them once.
+_LARGEST_WHOLE = 2**53
 
 Kind = Literal["f32", "f64", "m32"]
 
@@ -29,22 +35,54 @@ _KINDS: dict[DType, Kind] = {
 _DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
 
 
-class Untraceable(Exception):
-    """An operation has no place in a fused program."""
+class Untraceable(BaseException):
+    """An operation has no place in a fused program.
+
+    No :class:`Exception`: a method that catches those would go on, and what it does instead would be recorded.
+    """
 
 
-class Unknown:
-    """A length that is not known while a method is recorded: programs run on stretches of any length."""
+class Symbolic:
+    """What a method meets while it is recorded; whatever a kind of it does not define is refused.
 
-    def _refuse(self, *_: object) -> NoReturn:
-        raise Untraceable("the number of elements is not known")
+    Python is willing to do without most operators (``==`` compares identities, ``+=`` falls back to ``+`` and leaves
+    the array under its other names as it was), and would go on with a result that the method does not have.
+    """
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __bool__ = __int__ = __index__ = __float__ = _refuse
-    __hash__ = None  # type: ignore[assignment]
+    # NumPy's own functions must not take these for sequences of objects.
+    __array_ufunc__ = None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Untraceable(f"{name} is not known while a method is recorded")
 
 
-class Total:
+def _refused(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Symbolic, *_: Any, **__: Any) -> NoReturn:
+        raise Untraceable(f"{name} of a {type(self).__name__} has no place in a fused program")
+
+    return refuse
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+_REFUSED = (
+    *(prefix + name for prefix in ("", "r", "i") for name in _BINARY),
+    *("divmod", "rdivmod", "lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert"),
+    *("bool", "int", "float", "complex", "index", "round", "trunc", "floor", "ceil"),
+    *("iter", "len", "getitem", "setitem", "delitem", "contains", "array", "reduce_ex"),
+)
+for _name in _REFUSED:
+    setattr(Symbolic, f"__{_name}__", _refused(f"__{_name}__"))
+# As for NumPy's arrays.
+Symbolic.__hash__ = None  # type: ignore[assignment]
+
+
+class Unknown(Symbolic):
+    """A number that is not known while a method is recorded: programs run on stretches of any length, anywhere."""
+
+
+class Total(Symbolic):
     """A number over a whole stretch: a sum or a count.
 
     Attributes:
@@ -56,16 +94,8 @@ class Total:
         self.operation = operation
         self.operands = operands
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise Untraceable(f"a total has no {name}")
 
-    def __float__(self) -> NoReturn:
-        raise Untraceable("totals are not known while a method is recorded")
-
-    __int__ = __bool__ = __float__
-
-
-class Lazy:
+class Lazy(Symbolic):
     """A symbolic array: the result of one operation on others.
 
     Attributes:
@@ -75,9 +105,6 @@ class Lazy:
         kind: what its elements are: float32, float64 or a mask.
         single: whether it is one value for the whole tile: a constant, or a value for each row.
     """
-
-    # NumPy's own functions must not take these for sequences of objects.
-    __array_ufunc__ = None
 
     def __init__(
         self,
@@ -98,14 +125,6 @@ class Lazy:
     def __array_namespace__(self, api_version: str | None = None) -> Recorder:
         return self.recorder
 
-    def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        raise Untraceable("values are not known while a method is recorded")
-
-    def __bool__(self) -> NoReturn:
-        raise Untraceable("values are not known while a method is recorded")
-
-    __int__ = __float__ = __index__ = __iter__ = __len__ = __getitem__ = __setitem__ = __bool__
-
     @property
     def dtype(self) -> DType:
         """The dtype of the elements."""
@@ -114,14 +133,15 @@ class Lazy:
     @property
     def shape(self) -> tuple[Any, ...]:
         """The shape; the first length is unknown."""
-        if self.recorder.columns is None:
-            return () if self.single else (Unknown(),)
-        return (Unknown(), 1 if self.single else self.recorder.columns)
+        if self.single:
+            # Zeros like a block and a Python number are one thing here, and a method can tell them apart.
+            raise Untraceable("the shape of a single value")
+        return (Unknown(),) if self.recorder.columns is None else (Unknown(), self.recorder.columns)
 
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        return len(self.shape)
+        return 1 if self.recorder.columns is None else 2
 
     def __neg__(self) -> Lazy:
         return self.recorder.record("neg", _floats(self))
@@ -174,8 +194,6 @@ class Lazy:
     def __ne__(self, other: Any) -> Lazy:  # type: ignore[override]
         return self.recorder.compare("ne", self, other)
 
-    __hash__ = object.__hash__
-
     def __and__(self, other: Any) -> Lazy:
         return self.recorder.record("and", _masks(self, other))
 
@@ -186,14 +204,16 @@ class Lazy:
         return self.recorder.record("xor", _masks(self, other))
 
 
-class Positions:
+class Positions(Symbolic):
     """The indices of a block's elements in the scope: all that can be asked is which are at or below a number."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
-    def __le__(self, last: int) -> Lazy:
-        return self.recorder.record("position_le", (), kind="m32", numbers=(int(last), 0))
+    def __le__(self, last: Any) -> Lazy:
+        if type(last) not in (int, float) or not abs(last) <= _FARTHEST:
+            raise Untraceable(f"positions up to {last}")
+        return self.recorder.record("position_le", (), kind="m32", single=False, numbers=(math.floor(last), 0))
 
 
 class Recorder:
@@ -235,6 +255,8 @@ class Recorder:
             numbers: immediate operands.
         """
         operands = tuple(operands)
+        if any(operand.recorder is not self for operand in operands):
+            raise Untraceable("an array of another block")
         kind = kind or operands[-1].kind
         if single is None:
             single = bool(operands) and all(operand.single for operand in operands)
@@ -246,9 +268,11 @@ class Recorder:
 
     def constant(self, value: Any, kind: Kind) -> Lazy:
         """Return a number as an array of one value."""
-        if isinstance(value, np.generic) or not isinstance(value, int | float):
-            # A NumPy scalar brings a dtype of its own.
+        if type(value) not in (int, float, bool):
+            # A NumPy scalar brings a dtype of its own; float64 is among the subclasses of float.
             raise Untraceable(f"{type(value).__name__} is neither an array nor a Python number")
+        if type(value) is int and abs(value) > _LARGEST_WHOLE:
+            raise Untraceable(f"a whole number of {value.bit_length()} bits")
         if kind == "m32":
             raise Untraceable("there are no constant masks")
         (bits,) = struct.unpack("<q", struct.pack("<d", float(value)))
@@ -333,22 +357,22 @@ class Recorder:
         return self.record("isfinite", _floats(x), kind="m32")
 
     def minimum(self, x: Any, y: Any) -> Lazy:
-        """Return the lesser of two values, NaN where one is NaN."""
-        one, other = self._promoted(x, y)
-        return self.record("min", (other, one) if one.single else (one, other))
+        """Return the lesser of two values, the second of equal ones; NaN where one is NaN."""
+        return self.record("min", self._promoted(x, y))
 
     def maximum(self, x: Any, y: Any) -> Lazy:
-        """Return the greater of two values, NaN where one is NaN."""
-        one, other = self._promoted(x, y)
-        return self.record("max", (other, one) if one.single else (one, other))
+        """Return the greater of two values, the second of equal ones; NaN where one is NaN."""
+        return self.record("max", self._promoted(x, y))
 
     def clip(self, x: Lazy, min: Any = None, max: Any = None) -> Lazy:
-        """Return values moved into a range."""
+        """Return values moved into a range; zeros of either sign at its ends are treated as NumPy treats them."""
+        (found,) = _floats(x)
         for bound in (min, max):
-            if bound is not None and not isinstance(bound, int | float):
+            if bound is not None and type(bound) not in (int, float):
                 raise Untraceable("a range that is not of numbers")
-        found = x if min is None else self.maximum(x, min)
-        return found if max is None else self.minimum(found, max)
+        if min is None or max is None:
+            return found if min is max else self.minimum(found, max) if min is None else self.maximum(found, min)
+        return self.minimum(max, self.maximum(min, found))
 
     def where(self, condition: Lazy, x: Any, y: Any) -> Lazy:
         """Return one value where a mask is set, another where it is not."""
