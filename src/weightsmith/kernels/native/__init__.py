@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ class Library:
     """
 
     level: int
-    operations: Mapping[str, int]
-    run: Callable[..., int]
+    operations: Mapping[str, int] = field(repr=False)
+    run: Callable[..., int] = field(repr=False)
 
 
 @cache
@@ -46,12 +46,13 @@ def library() -> Library | None:
         return None
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
-    except OSError:
+        level = loaded.ws_level()
+        if wanted.isdecimal():
+            level = max(known for known in (0, 3, 4) if known <= min(level, int(wanted)))
+        return _of_level(loaded, level)
+    except (OSError, AttributeError):
+        # Not a library of this platform, or not this one.
         return None
-    level = loaded.ws_level()
-    if wanted.isdigit():
-        level = max((known for known in (0, 3, 4) if known <= min(level, int(wanted))), default=0)
-    return _of_level(loaded, level)
 
 
 def levels() -> list[Library]:

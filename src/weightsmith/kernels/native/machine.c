@@ -28,6 +28,11 @@
 
 typedef float f32;
 typedef double f64;
+typedef uint16_t u16;
+/* Elements of files, which begin where the header ends. */
+typedef f32 f32_anywhere __attribute__((aligned(1)));
+typedef f64 f64_anywhere __attribute__((aligned(1)));
+typedef u16 u16_anywhere __attribute__((aligned(1)));
 typedef int32_t m32;  /* a mask: all bits set where true */
 typedef ptrdiff_t len;
 
@@ -312,8 +317,15 @@ static void row_sum_f64(const code *c, state *s) {
 ROW_MAX(f32)
 ROW_MAX(f64)
 
-/* The rank of every non-negative value within the row, from 0 to n - 1; equal values in order of position. Sorts the
- * bit patterns, which order as the values do, by 11 bits at a time; digits that all values share are passed over. */
+/* A bit pattern that orders as the value does: zeros of both signs are equal, and so is every NaN, above all others. */
+static inline uint32_t order_of(uint32_t bits) {
+    const uint32_t size = bits & 0x7fffffff, sign = bits >> 31;
+    const uint32_t signed_size = sign ? 0x80000000u - size : 0x80000000u + size;
+    return size > 0x7f800000 ? 0xffffffffu : signed_size;
+}
+
+/* The rank of every value within the row, from 0 to n - 1; equal values in order of position. Sorts bit patterns by 11
+ * bits at a time; digits that all values share are passed over. */
 static void row_rank_f32(const code *c, state *s) {
     const uint32_t *a = REGISTER(uint32_t, c->a);
     f32 *o = REGISTER(f32, c->out);
@@ -322,7 +334,7 @@ static void row_rank_f32(const code *c, state *s) {
     uint64_t *from = s->scratch, *to = s->scratch + n;
     memset(histogram, 0, 3 * 2048 * sizeof *histogram);
     for (len i = 0; i < n; i++) {
-        const uint32_t key = a[i];
+        const uint32_t key = order_of(a[i]);
         from[i] = (uint64_t)key << 32 | (uint32_t)i;
         histogram[key & 2047]++;
         histogram[2048 + (key >> 11 & 2047)]++;
@@ -390,9 +402,9 @@ static void uniform_f32(const code *c, state *s) {
 /* ---- loads and stores -------------------------------------------------------------------------------------- */
 
 /* Loads count values that are NaN or infinite into counts[y], where y is not negative. */
-#define LOAD(name, S, BITS, O, EXPRESSION, NONFINITE)                    \
+#define LOAD(name, S, O, EXPRESSION, NONFINITE)                          \
     static void name(const code *c, state *s) {                          \
-        const S *restrict a = (const S *)s->inputs[c->a] + s->done;      \
+        const S##_anywhere *restrict a = (const S##_anywhere *)s->inputs[c->a] + s->done; \
         O *restrict o = REGISTER(O, c->out);                             \
         const len n = s->n;                                              \
         uint32_t bad = 0;                                                \
@@ -420,13 +432,13 @@ static inline f32 from_half(uint16_t bits) {
     return (f32)value;
 }
 
-LOAD(load_bf16_f32, uint16_t, , f32, from_bits((uint32_t)x << 16), (x & 0x7f80) == 0x7f80)
-LOAD(load_bf16_f64, uint16_t, , f64, (f64)from_bits((uint32_t)x << 16), (x & 0x7f80) == 0x7f80)
-LOAD(load_f16_f32, uint16_t, , f32, from_half(x), (x & 0x7c00) == 0x7c00)
-LOAD(load_f16_f64, uint16_t, , f64, (f64)from_half(x), (x & 0x7c00) == 0x7c00)
-LOAD(load_f32_f32, f32, , f32, x, !(x - x == 0))
-LOAD(load_f32_f64, f32, , f64, (f64)x, !(x - x == 0))
-LOAD(load_f64_f64, f64, , f64, x, !(x - x == 0))
+LOAD(load_bf16_f32, u16, f32, from_bits((uint32_t)x << 16), (x & 0x7f80) == 0x7f80)
+LOAD(load_bf16_f64, u16, f64, (f64)from_bits((uint32_t)x << 16), (x & 0x7f80) == 0x7f80)
+LOAD(load_f16_f32, u16, f32, from_half(x), (x & 0x7c00) == 0x7c00)
+LOAD(load_f16_f64, u16, f64, (f64)from_half(x), (x & 0x7c00) == 0x7c00)
+LOAD(load_f32_f32, f32, f32, x, !(x - x == 0))
+LOAD(load_f32_f64, f32, f64, (f64)x, !(x - x == 0))
+LOAD(load_f64_f64, f64, f64, x, !(x - x == 0))
 
 /* One byte a value, by a table of 256 floats at address x. */
 static void load_table_f32(const code *c, state *s) {
@@ -467,7 +479,7 @@ static inline f32 to_odd(f64 value) {
 #define STORE(name, T, O, EXPRESSION, NONFINITE)                         \
     static void name(const code *c, state *s) {                          \
         const T *restrict a = REGISTER(T, c->a);                         \
-        O *restrict o = (O *)s->outputs[c->out] + s->done;               \
+        O##_anywhere *restrict o = (O##_anywhere *)s->outputs[c->out] + s->done; \
         const len n = s->n;                                              \
         uint32_t bad = 0;                                                \
         if (c->form & 1) {                                               \
@@ -486,12 +498,12 @@ static inline f32 to_odd(f64 value) {
         if (c->y >= 0) s->counts[c->y] += bad;                           \
     }
 
-STORE(store_f32_bf16, f32, uint16_t, to_bfloat16(x), (r & 0x7f80) == 0x7f80)
-STORE(store_f32_f16, f32, uint16_t, to_half(x), (r & 0x7c00) == 0x7c00)
+STORE(store_f32_bf16, f32, u16, to_bfloat16(x), (r & 0x7f80) == 0x7f80)
+STORE(store_f32_f16, f32, u16, to_half(x), (r & 0x7c00) == 0x7c00)
 STORE(store_f32_f32, f32, f32, x, !(r - r == 0))
 STORE(store_f32_f64, f32, f64, (f64)x, !(r - r == 0))
-STORE(store_f64_bf16, f64, uint16_t, to_bfloat16(to_odd(x)), (r & 0x7f80) == 0x7f80)
-STORE(store_f64_f16, f64, uint16_t, to_half(to_odd(x)), (r & 0x7c00) == 0x7c00)
+STORE(store_f64_bf16, f64, u16, to_bfloat16(to_odd(x)), (r & 0x7f80) == 0x7f80)
+STORE(store_f64_f16, f64, u16, to_half(to_odd(x)), (r & 0x7c00) == 0x7c00)
 STORE(store_f64_f32, f64, f32, (f32)x, !(r - r == 0))
 STORE(store_f64_f64, f64, f64, x, !(r - r == 0))
 
@@ -547,7 +559,7 @@ COUNT(f64)
 #define COLLECT(T, U)                                                    \
     static void collect_##T(const code *c, state *s) {                   \
         const U *restrict a = REGISTER(U, c->a);                         \
-        const U low = (U)c->x, high = (U)c->y, width = high - low;       \
+        const U low = (U)c->x, high = (U)c->y;                           \
         U *restrict to = (U *)s->found[c->c] + s->counts[c->b];          \
         const len n = s->n;                                              \
         U above = 0;                                                     \
@@ -555,7 +567,7 @@ COUNT(f64)
         len next = 0;                                                    \
         for (len i = 0; i < n; i++) {                                    \
             to[next] = a[i];                                             \
-            next += a[i] - low <= width;                                 \
+            next += (a[i] >= low) & (a[i] <= high);                      \
         }                                                                \
         s->counts[c->out] += (int64_t)above;                             \
         s->counts[c->b] += next;                                         \
