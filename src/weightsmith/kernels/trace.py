@@ -221,6 +221,8 @@ class Recorder:
 
     float32 = np.dtype(np.float32)
     float64 = np.dtype(np.float64)
+    # array_api_compat tells namespaces apart by it.
+    __name__ = __name__
 
     def __init__(self, columns: int | None) -> None:
         """Start a record.

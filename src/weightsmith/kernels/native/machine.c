@@ -245,8 +245,10 @@ static inline f64 log_one(f64 x) {
     p = p * z + 2.0 / 5.0;
     p = p * z + 2.0 / 3.0;
     p = p * z;
-    /* log(1 + f) = f - s (f - p): f itself is exact, so only the correction carries an error. */
-    const f64 result = k * 0x1.62e42fefa3800p-1 + ((f - s * (f - p)) + k * 0x1.ef35793c76730p-45);
+    /* log(1 + f) = f - (f^2/2 - s (f^2/2 + p)): f itself is exact, and the correction to it half as large as that of
+     * f - s (f - p), which is off by more than a unit where m is near sqrt 1/2. */
+    const f64 half = 0.5 * f * f;
+    const f64 result = k * 0x1.62e42fefa3800p-1 + (f - (half - (s * (half + p) + k * 0x1.ef35793c76730p-45)));
     return x != x || x < 0.0 ? NAN : x == 0.0 ? -INFINITY : x - x != 0.0 ? x : result;
 }
 
