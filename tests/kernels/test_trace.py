@@ -221,7 +221,7 @@ def test_no_operator_is_left_to_python():
     """A class answers for every operator itself; the operators of Python are those of its documentation."""
     operators = {name for name in dir(operator) if name.startswith("__") and callable(getattr(operator, name))}
     of_classes = {f"__{prefix}{name}__" for prefix in "ri" for name in ("add", "mul", "and", "or", "truediv", "pow")}
-    internal = {name for name in dir(object)} - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+    internal = set(dir(object)) - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
     # Names of the module operator that are no methods of their own.
     others = {"__concat__", "__iconcat__", "__inv__", "__not__", "__call__", "__loader__"}
     missing = {name for name in (operators | of_classes) - internal - others if name not in Symbolic.__dict__}
@@ -262,7 +262,7 @@ def test_numbers_take_the_dtype_of_the_array_they_meet(library):
     functions = [
         lambda xp, x, y: x + 0.1,
         lambda xp, x, y: xp.where(x < 0.1, x, y),
-        lambda xp, x, y: xp.where(0.1 >= x, x, 0.3),
+        lambda xp, x, y: xp.where(0.1 >= x, x, 0.3),  # noqa: SIM300
         lambda xp, x, y: y * 0.1 + x,
         lambda xp, x, y: x * 16777217,
         lambda xp, x, y: (x - y) / 3,

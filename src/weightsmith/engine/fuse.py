@@ -17,7 +17,18 @@ from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, columns, is_made
 from weightsmith.kernels import native, philox, select
-from weightsmith.kernels.program import Collect, Histogram, Program, Store, Terminal, load, rounded, storable
+from weightsmith.kernels.program import (
+    LONGEST_ROW,
+    SHORTEST_ROW,
+    Collect,
+    Histogram,
+    Program,
+    Store,
+    Terminal,
+    load,
+    rounded,
+    storable,
+)
 from weightsmith.kernels.trace import Lazy, Positions, Recorder, Total, Unknown, Untraceable
 from weightsmith.methods.block import Block
 from weightsmith.methods.sweeps import Equal, Histograms, Numbers, Patterns, Within
@@ -153,7 +164,9 @@ def source_dtype(part: Tensor, working: DType) -> DType:
 
 
 def _fusable(tensor: Computed) -> bool:
-    return native.library() is not None and tensor.reads != "tensor"
+    if native.library() is None or tensor.reads == "tensor":
+        return False
+    return tensor.reads == "elements" or SHORTEST_ROW <= columns(tensor.shape, tensor.reads) <= LONGEST_ROW
 
 
 def _compiled(tensor: Computed, terminals: Any, request: Request | None, counts: int) -> Fused | None:
