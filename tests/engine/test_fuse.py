@@ -305,13 +305,16 @@ PLAIN = [
 @pytest.mark.parametrize(("name", "given"), EXACT + SUMMED, ids=str)
 def test_methods_and_their_statistics_are_fused(name, given, monkeypatch):
     made: list[Any] = []
-    for maker in ("result_program", "request_program"):
 
-        def noted(*arguments: Any, make: Any = getattr(fuse, maker)) -> Any:
+    def noted(make: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             made.append(make(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(fuse, maker, noted)
+        return call
+
+    for maker in ("result_program", "request_program"):
+        monkeypatch.setattr(fuse, maker, noted(getattr(fuse, maker)))
     models, base = drawn(name, (24, 80), models=models_of(name, given))
     for dtype in (F32, F64):
         made.clear()

@@ -123,8 +123,8 @@ def test_log_is_within_one_unit_in_the_last_place(library):
     # The result is small there, and its units are.
     near_one = 1 + np.concatenate([rng.uniform(-1e-3, 1e-3, 300), 2.0 ** -rng.uniform(1, 52, 200)])
     edges = np.sqrt(0.5) * 2.0 ** rng.integers(-1000, 1000, 200) * (1 + rng.integers(-2, 3, 200) * 2**-52)
-    # Where the series is longest, and nothing is added to it that would hide its error.
-    longest = rng.uniform(math.sqrt(0.5), 0.76, 1500)
+    # Where log m and k ln 2 are of opposite signs, and log m is largest.
+    longest = np.concatenate([rng.uniform(0.69, math.sqrt(0.5), 1000), rng.uniform(math.sqrt(2), 1.45, 1000)])
     values = np.concatenate([anything, tiny, near_one, edges, longest, rng.uniform(0, 3, 400)])
     values = values[values != 1]
     got = elementwise(library, lambda xp, x: xp.log(x), values)

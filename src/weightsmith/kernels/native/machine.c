@@ -21,7 +21,9 @@
 #endif
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
-#define EXPORT(name) __attribute__((visibility("default"))) PASTE(name, WS_LEVEL)
+/* First in a declaration: after a pointer's star, GCC takes the attribute for the pointer's and ignores it. */
+#define EXPORT __attribute__((visibility("default")))
+#define OF_LEVEL(name) PASTE(name, WS_LEVEL)
 
 #define LANES 16
 #define ALIGNMENT 64
@@ -245,8 +247,9 @@ static inline f64 log_one(f64 x) {
     p = p * z + 2.0 / 5.0;
     p = p * z + 2.0 / 3.0;
     p = p * z;
-    /* log(1 + f) = f - (f^2/2 - s (f^2/2 + p)): f itself is exact, and the correction to it half as large as that of
-     * f - s (f - p), which is off by more than a unit where m is near sqrt 1/2. */
+    /* log(1 + f) = f - (f^2/2 - s (f^2/2 + p)): f and k times the first part of ln 2 are exact, and the correction to
+     * them is half as large as that of f - s (f - p), which is off by more than a unit where the two cancel: just
+     * beyond sqrt 2 and below sqrt 1/2. */
     const f64 half = 0.5 * f * f;
     const f64 result = k * 0x1.62e42fefa3800p-1 + (f - (half - (s * (half + p) + k * 0x1.ef35793c76730p-45)));
     return x != x || x < 0.0 ? NAN : x == 0.0 ? -INFINITY : x - x != 0.0 ? x : result;
@@ -614,7 +617,7 @@ static operation *const OPERATIONS[] = {EACH_OPERATION(POINTER)};
 static const char *const NAMES[] = {EACH_OPERATION(NAME)};
 
 /* The name of an operation, or null beyond the last. */
-const char *EXPORT(ws_name_)(int64_t op) {
+EXPORT const char *OF_LEVEL(ws_name_)(int64_t op) {
     return op < (int64_t)(sizeof NAMES / sizeof *NAMES) ? NAMES[op] : NULL;
 }
 
@@ -623,7 +626,7 @@ const char *EXPORT(ws_name_)(int64_t op) {
  * Registers hold `tile` values of `item` bytes. The first `once` operations set constants and run before the first
  * tile. A tile is `tile` elements; programs with
  * operations along a row are given tiles of one row. `sums` and `counts` are set, not added to. */
-int EXPORT(ws_run_)(const code *program, int64_t once, int64_t operations, int64_t registers, int64_t item,
+EXPORT int OF_LEVEL(ws_run_)(const code *program, int64_t once, int64_t operations, int64_t registers, int64_t item,
                     int64_t tile, int64_t count, const char *const *inputs, char *const *outputs, f64 *sums, int64_t n_sums,
                     int64_t *counts, int64_t n_counts, int64_t *const *found, const int64_t *room, int64_t index,
                     int64_t position) {
