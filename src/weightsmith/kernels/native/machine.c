@@ -228,9 +228,10 @@ static inline f64 log_one(f64 x) {
     const f64 tiny = x < 0x1p-1022 ? x * 0x1p54 : x;
     int64_t bits;
     memcpy(&bits, &tiny, sizeof bits);
-    const int64_t from = bits - 0x3fe6a09e667f3bcd; /* sqrt 1/2 */
+    /* Negative values, which are NaN in the end, would overflow as signed. */
+    const int64_t from = (int64_t)((uint64_t)bits - 0x3fe6a09e667f3bcd); /* sqrt 1/2 */
     const int64_t exponent = from >> 52;
-    const int64_t mantissa = bits - (int64_t)((uint64_t)exponent << 52);
+    const uint64_t mantissa = (uint64_t)bits - ((uint64_t)exponent << 52);
     f64 m;
     memcpy(&m, &mantissa, sizeof m);
     const f64 k = (f64)exponent - (x < 0x1p-1022 ? 54.0 : 0.0);
