@@ -12,8 +12,9 @@ import pytest
 
 from weightsmith.checkpoint.tensor import ArrayTensor, Tensor
 from weightsmith.dtypes import DType, promote
-from weightsmith.engine import evaluate, fuse
+from weightsmith.engine import fuse
 from weightsmith.engine.arrays import merge_arrays
+from weightsmith.engine.backend import NUMPY
 from weightsmith.engine.evaluate import Evaluator
 from weightsmith.engine.expression import Computed, Group
 from weightsmith.kernels import native
@@ -232,7 +233,7 @@ def test_statistics_over_several_tensors_are_the_same(name, given, way, on_numpy
         monkeypatch.setattr(statistics, "_SMALL_SCOPE", 0)
     if way == "by digits":
         monkeypatch.setattr(statistics, "_MOST_GATHERED", 0)
-    monkeypatch.setattr(evaluate, "SWEEP", 1000)
+    monkeypatch.setattr(type(NUMPY), "sweep", 1000)
 
     def all_of_them() -> list[Any]:
         group, shared = Group(), {}
