@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weightsmith.methods.registry import Param, PerModel, method
     from weightsmith.recipe.load import load_recipe
     from weightsmith.recipe.schema import Recipe
+    from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
 _HOMES = {
@@ -45,7 +46,9 @@ _HOMES = {
     "method": "weightsmith.methods.registry",
     "open": "weightsmith.api",
     "plan": "weightsmith.api",
+    "reproduce": "weightsmith.verification",
     "save": "weightsmith.api",
+    "verify": "weightsmith.verification",
 }
 
 __all__ = [
@@ -67,7 +70,9 @@ __all__ = [
     "method",
     "open",
     "plan",
+    "reproduce",
     "save",
+    "verify",
 ]
 
 

@@ -211,6 +211,7 @@ def test_a_diffusers_pipeline_is_merged_component_by_component(tmp_path):
         "text_encoder/model.safetensors",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
+        "weightsmith.json",
         "weightsmith.yaml",
     ]
     for component in ("unet", "text_encoder"):

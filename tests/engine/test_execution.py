@@ -62,14 +62,14 @@ def test_no_input_is_modified(inputs, tmp_path):
 RUN = """
 import sys, time
 import weightsmith as ws
-from weightsmith.engine import executor
+from weightsmith.engine import executor, shards
 base, a, b, out, delay = sys.argv[1:]
 executor._JOURNAL_EVERY = 0.01
-write = executor._write_all
+write = shards._write_all
 def slow(*arguments):
     time.sleep(float(delay))
     write(*arguments)
-executor._write_all = slow
+shards._write_all = slow
 ws.merge("dare_ties", [a, b], base, weight=0.5, density=0.4, seed=5).save(out, threads=2, shard_size=9000)
 """
 
@@ -200,13 +200,39 @@ def test_nan_and_infinity_are_reported_with_tensor_and_model(write_model, tmp_pa
     }
 
 
-def test_overflow_to_a_narrower_dtype_is_reported(write_model, tmp_path):
+def test_overflow_to_a_narrower_dtype_is_an_error_unless_asked_for(write_model, tmp_path):
     large = {name: value * 60_000 for name, value in llama_tensors(0).items()}
-    summary = ws.merge("linear", [write_model("a", large)], weight=1.0, dtype="float16").save(tmp_path / "out")
+    merged = ws.merge("linear", [write_model("a", large)], weight=1.0, dtype="float16")
+    with pytest.raises(OutputError, match=r"weight: [\d,]+ results are NaN or infinite in float16, and none of its"):
+        merged.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    summary = merged.save(tmp_path / "out", on_nonfinite="warn")
     written = read_safetensors(tmp_path / "out")
     expected = {name: int((~np.isfinite(array)).sum()) for name, array in written.items()}
     assert {entry.tensor: entry.count for entry in summary.nonfinite} == {k: v for k, v in expected.items() if v}
     assert summary.nonfinite
+    assert merged.save(tmp_path / "ignored", on_nonfinite="ignore").nonfinite == ()
+
+
+def test_a_nan_that_spreads_is_an_error(write_model, tmp_path):
+    """One infinity in a row, and the row's angle is not known any more."""
+    one, other = llama_tensors(0), llama_tensors(1)
+    one["lm_head.weight"][0, 0] = np.inf
+    models = [write_model("a", one), write_model("b", other)]
+    merged = ws.merge("nuslerp", models, weight=0.5, nuslerp_flatten=False)
+    with pytest.raises(OutputError, match="only 1 values of its inputs are"):
+        merged.save(tmp_path / "out")
+
+
+def test_what_was_not_finite_in_an_earlier_run_is_told_by_the_one_that_ends(write_model, tmp_path):
+    one = llama_tensors(0)
+    one["lm_head.weight"][0, 0] = np.nan
+    merged = ws.average([write_model("a", one), write_model("b", llama_tensors(1))])
+    expected = merged.save(tmp_path / "whole", threads=1).nonfinite
+    listener = StopAt(len(one) - 1, KeyboardInterrupt())
+    with pytest.raises(Interrupted):
+        merged.save(tmp_path / "out", threads=1, progress=listener)
+    assert merged.save(tmp_path / "out", threads=1).nonfinite == expected
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any
 
 from weightsmith.checkpoint import torch_pickle
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, Identity
+from weightsmith.checkpoint.manifest import MANIFEST_FILE
 from weightsmith.checkpoint.safetensors import natural_order, read_header
 from weightsmith.checkpoint.storage import PICKLES, WEIGHT_FILES, is_url, join, list_folder, open_source
 from weightsmith.checkpoint.tensor import Tensor
@@ -37,6 +38,7 @@ _NOT_COMPANIONS = {
     "trainer_state.json",
     "training_args.json",
     "all_results.json",
+    MANIFEST_FILE,
 }
 _TEMPLATES = "additional_chat_templates"
 _LARGEST_TEXT = 64_000_000

@@ -116,6 +116,7 @@ def lay_out(
     parts: Sequence[Part] = (Part(),),
     shard_size: int = DEFAULT_SHARD_SIZE,
     file: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Layout:
     """Decide where every tensor goes.
 
@@ -127,6 +128,7 @@ def lay_out(
         parts: the models that the names belong to; each name must begin with one part's prefix.
         shard_size: most bytes of tensors in a file.
         file: write one file of this name instead of shards.
+        metadata: texts for the headers, beside ``format``.
     """
     shards: list[Shard] = []
     placements: dict[str, Placement] = {}
@@ -140,7 +142,7 @@ def lay_out(
             if len(groups) > 1:
                 name = f"{part.stem}-{number:05d}-of-{len(groups):05d}.safetensors"
             ordered = sorted(group, key=lambda t: -t.dtype.itemsize)
-            header, offsets = _header(ordered, part.prefix)
+            header, offsets = make_header(ordered, part.prefix, metadata)
             end = len(header)
             for tensor, offset in zip(ordered, offsets, strict=True):
                 end = offset + tensor.nbytes
@@ -169,8 +171,17 @@ def _fill(tensors: Sequence[Entry], shard_size: int) -> list[list[Entry]]:
     return groups
 
 
-def _header(tensors: Sequence[Entry], prefix: str) -> tuple[bytes, list[int]]:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def make_header(
+    tensors: Sequence[Entry], prefix: str = "", metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
+    """Return a file's first bytes, and the position of every tensor in it.
+
+    Args:
+        tensors: its tensors, in the order of their bytes.
+        prefix: what the file leaves out of their names.
+        metadata: texts for the header, beside ``format``.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     starts = []
     for tensor in tensors:

@@ -78,6 +78,25 @@ def read_header(source: Source) -> tuple[dict[str, StoredTensor], Identity]:
     Raises:
         CheckpointError: if anything about the header is not as the format demands.
     """
+    content = _header_of(source)
+    header = _parse(bytes(content), source.path)
+    begin = 8 + len(content)
+    tensors = {name: _tensor(name, entry, source, begin) for name, entry in header.items() if name != _METADATA}
+    _check_cover(tensors, source, begin)
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return tensors, Identity(source.path, source.size, source.modified, digest)
+
+
+def read_metadata(source: Source) -> dict[str, str]:
+    """Return the texts that a file's header holds beside its tensors.
+
+    Raises:
+        CheckpointError: if the header is not as the format demands.
+    """
+    return dict(_parse(bytes(_header_of(source)), source.path).get(_METADATA, {}))
+
+
+def _header_of(source: Source) -> bytearray | bytes:
     if source.size < 8:
         raise CheckpointError(f"{source.path} has {source.size} bytes, too few for a safetensors file")
     length = int.from_bytes(source.read(0, 8), "little")
@@ -91,12 +110,7 @@ def read_header(source: Source) -> tuple[dict[str, StoredTensor], Identity]:
             f"{source.path} claims a header of {length:,} bytes and has only {source.size - 8:,} after the "
             "first eight: it is cut short, or no safetensors file"
         )
-    content = source.read(8, 8 + length)
-    header = _parse(bytes(content), source.path)
-    tensors = {name: _tensor(name, entry, source, 8 + length) for name, entry in header.items() if name != _METADATA}
-    _check_cover(tensors, source, 8 + length)
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return tensors, Identity(source.path, source.size, source.modified, digest)
+    return source.read(8, 8 + length)
 
 
 def _parse(content: bytes, path: str) -> dict[str, Any]:

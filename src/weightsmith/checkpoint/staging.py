@@ -10,6 +10,8 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -46,7 +48,10 @@ class Staging:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise OutputError(f"cannot write beside {target}: {error.strerror}") from error
+            raise OutputError(
+                f"cannot write beside {target}: {error.strerror}; an output is built in a hidden folder beside its "
+                "target: choose a target in a folder that you may write to"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -54,10 +59,17 @@ class Staging:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise OutputError(f"cannot lock {self.folder}: {error.strerror}") from error
             raise OutputError(f"another run is writing {target} now; wait for it, or choose another target") from error
-        if restart:
-            shutil.rmtree(self.content, ignore_errors=True)
-            self.journal.unlink(missing_ok=True)
-        self.content.mkdir(exist_ok=True)
+        try:
+            if restart:
+                # The journal first: content without one is begun anew, and a journal without content would lie.
+                self.journal.unlink(missing_ok=True)
+                shutil.rmtree(self.content, ignore_errors=True)
+            self.content.mkdir(exist_ok=True)
+            _sync(self.folder)
+            _sync(self.folder.parent)
+        except OSError as error:
+            os.close(self._lock)
+            raise OutputError(f"cannot write in {self.folder}: {error.strerror}") from error
 
     @property
     def journal(self) -> Path:
@@ -68,6 +80,22 @@ class Staging:
     def single_file(self) -> bool:
         """Whether the target is one ``.safetensors`` file rather than a folder."""
         return self.target.suffix == ".safetensors"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say of files that are written what went wrong, if something does.
+
+        Raises:
+            OutputError: in place of OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            what = f" {Path(error.filename).name}" if error.filename else ""
+            raise OutputError(
+                f"cannot write{what} for {self.target}: {error.strerror}; what is finished is kept in {self.folder}: "
+                "the same command goes on from there"
+            ) from error
 
     def publish(self) -> None:
         """Sync everything that was built, and rename it to the target.
@@ -117,6 +145,11 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target} exists already; choose another target, or add --overwrite to replace it")
     if target.suffix != ".safetensors" and not target.is_dir():
         raise OutputError(f"{target} is a file, and a folder is to be written there; choose another target")
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on disk: syncing a file does not make its name survive a crash."""
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

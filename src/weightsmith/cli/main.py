@@ -21,6 +21,8 @@ _VERBS = {
     "plan": "Show what a merge would read, compute and write.",
     "inspect": "Show what is in a model: tensors, layers, sizes.",
     "diff": "Compare two models, tensor by tensor.",
+    "verify": "Check that a merged model is still what was written.",
+    "reproduce": "Run the recipe of a merged model again, and compare.",
     "methods": "List the merge methods, or explain one.",
     "schema": "Print the JSON schema of recipes, for editors.",
     "quickstart": "Merge small trained models and see what they can do.",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from weightsmith.cli.plan import show_plan
-from weightsmith.cli.recipes import read_recipe, recipe_options, shard_option
+from weightsmith.cli.recipes import Bytes, read_recipe, recipe_options, shard_option
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
@@ -18,17 +18,34 @@ if TYPE_CHECKING:
     from weightsmith.engine.progress import ProgressListener
 
 
+def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --device and --backend."""
+    device = click.option("--device", help="What to compute on: cpu, the default, or a GPU: cuda, cuda:1.")
+    backend = click.option(
+        "--backend",
+        type=click.Choice(["numpy", "torch"]),
+        help="By default numpy on the cpu, torch on any other device.",
+    )
+    return device(backend(function))
+
+
 @click.command("merge")
 @click.argument("paths", nargs=-1, metavar="[RECIPE] OUT")
 @recipe_options
 @shard_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core.")
-@click.option("--device", help="What to compute on: cpu, the default, or a GPU: cuda, cuda:1 (with PyTorch).")
-@click.option(
-    "--backend", type=click.Choice(["numpy", "torch"]), help="By default numpy on the cpu, torch on any other device."
-)
+@click.option("--memory", type=Bytes(), help="Most memory to use, such as 2GB; fewer threads run where that takes it.")
+@backend_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew.")
+@click.option("--verify", is_flag=True, help="Hash all inputs first, and note the hashes in OUT.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["error", "warn", "ignore"]),
+    default="error",
+    show_default=True,
+    help="Results that are NaN or infinite where the inputs are not.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop, as 'weightsmith plan' does.")
 @click.option("--print-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -37,10 +54,13 @@ def command(
     paths: tuple[str, ...],
     shard_size: int,
     threads: int | None,
+    memory: int | None,
     device: str | None,
     backend: str | None,
     overwrite: bool,
     restart: bool,
+    verify: bool,
+    on_nonfinite: Literal["error", "warn", "ignore"],
     dry_run: bool,
     print_recipe: bool,
     quiet: bool,
@@ -80,18 +100,22 @@ def command(
         paths[-1],
         shard_size=shard_size,
         threads=threads,
+        memory=memory,
         device=device,
         backend=backend,
         overwrite=overwrite,
         restart=restart,
-        progress=_listener(quiet=quiet, json_log=json_log),
+        verify=verify,
+        on_nonfinite=on_nonfinite,
+        progress=listener_for(quiet=quiet, json_log=json_log),
     )
     if not quiet:
         _warn([warning for warning in summary.warnings if warning not in merged.warnings], json_log)
         _report(summary, json_log)
 
 
-def _listener(*, quiet: bool, json_log: bool) -> ProgressListener:
+def listener_for(*, quiet: bool, json_log: bool) -> ProgressListener:
+    """Return who shows progress: a bar on a terminal, lines elsewhere, JSON or nothing where asked for."""
     from weightsmith.engine import progress
 
     if json_log:

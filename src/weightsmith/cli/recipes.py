@@ -47,23 +47,31 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+class Bytes(click.ParamType[int]):
+    """A number of bytes: ``5GB``, ``500MB``, ``1073741824``."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read a size."""
+        if isinstance(value, int):
+            return value
+        text = value.strip().upper().removesuffix("B")
+        unit = text[-1:] if text[-1:] in _UNITS else ""
+        try:
+            size = int(float(text.removesuffix(unit)) * _UNITS[unit])
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
+        if size <= 0:
+            self.fail("it must be at least one byte", param, ctx)
+        return size
+
+
 def shard_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the option of the shards' size."""
     return click.option(
-        "--shard-size", default="5GB", show_default=True, callback=_size, help="Most bytes of tensors in a file."
+        "--shard-size", type=Bytes(), default="5GB", show_default=True, help="Most bytes of tensors in a file."
     )(function)
-
-
-def _size(context: click.Context, option: click.Parameter, value: str) -> int:
-    text = value.strip().upper().removesuffix("B")
-    unit = text[-1:] if text[-1:] in _UNITS else ""
-    try:
-        size = int(float(text.removesuffix(unit)) * _UNITS[unit])
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no size; write 5GB or 500MB") from None
-    if size <= 0:
-        raise click.BadParameter("a shard holds at least one byte")
-    return size
 
 
 def read_recipe(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from weightsmith.checkpoint.layout import Shard
+from weightsmith import dtypes
+from weightsmith.checkpoint.manifest import Digest, hash_part, join_parts
 from weightsmith.checkpoint.safetensors import StoredTensor
-from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.ahead import ReadAhead, input_width
 from weightsmith.engine.backend import NUMPY, Backend
 from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
@@ -26,14 +25,20 @@ from weightsmith.engine.expression import Computed, carried, computed_within, st
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.plan import Plan, Task
 from weightsmith.engine.progress import ProgressListener, Silent
+from weightsmith.engine.shards import Nowhere, Shards, Sink, complete
 from weightsmith.engine.threads import ThreadMapper
-from weightsmith.engine.writeback import WriteBehind
 from weightsmith.errors import Interrupted, OutputError
+from weightsmith.kernels.convert import largest_finite
 
 # A tensor up to this size is the work of one thread; a larger one is shared by all.
 _SMALL = 1 << 20
 # Seconds between two syncs of finished tensors to disk and journal.
 _JOURNAL_EVERY = 5.0
+
+
+OnNonfinite = Literal["error", "warn", "ignore"]
+# Where NaN and infinity were met, if not in an input.
+RESULT = "result"
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,28 @@ class Summary:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Done:
+    """A tensor that is written.
+
+    Attributes:
+        digest: the hash of its bytes.
+        nonfinite: where in it NaN and infinity were met -> how many.
+    """
+
+    digest: Digest
+    nonfinite: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a journal holds of it."""
+        return {"xxh3": self.digest.hash, "step": self.digest.step, "nonfinite": dict(self.nonfinite)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Done:
+        """Read what :meth:`to_json` gave."""
+        return cls(Digest(entry["xxh3"], entry["step"]), entry["nonfinite"])
+
+
 def execute(
     plan: Plan,
     folder: Path,
@@ -82,7 +109,8 @@ def execute(
     threads: int,
     listener: ProgressListener | None = None,
     backend: Backend = NUMPY,
-) -> tuple[NonFinite, ...]:
+    on_nonfinite: OnNonfinite = "error",
+) -> dict[str, Done]:
     """Write the weights of a plan into a folder.
 
     Args:
@@ -92,37 +120,71 @@ def execute(
         threads: how many threads to use.
         listener: told of progress.
         backend: whose arrays are computed on.
+        on_nonfinite: what to do about results that are NaN or infinite where the inputs are not: ``error`` to
+            stop, ``warn`` and ``ignore`` to go on.
 
     Returns:
-        Where NaN and infinity were met.
+        What is known of every tensor of the output, by name.
 
     Raises:
         Interrupted: on Ctrl-C; finished tensors are in the journal.
-        OutputError: if the disk is full or a file cannot be written.
+        OutputError: if the disk is full or a file cannot be written, or a result is not finite.
         CheckpointError: if an input cannot be read.
     """
     check_space(plan, folder)
-    pending = sorted((task for task in plan.tasks if task.name not in journal.finished), key=_place_in_input)
-    done = sum(task.nbytes for task in plan.tasks) - sum(task.nbytes for task in pending)
-    run = _Run(plan, folder, journal, listener or Silent(), backend)
-    run.listener.start(done + sum(task.nbytes for task in pending), len(plan.tasks), done)
+    # A file that is not as it was left (a crash can lose it) holds nothing, whatever the journal says.
+    whole = complete(plan.layout, folder)
+    finished = {
+        task.name: Done.from_json(journal.finished[task.name])
+        for task in plan.tasks
+        if task.name in journal.finished and whole[plan.place(task).shard]
+    }
+
+    def record(done: Mapping[str, Done]) -> None:
+        journal.record({name: entry.to_json() for name, entry in done.items()})
+
+    run = _Run(plan, Shards(plan.layout, folder), record, listener or Silent(), backend, on_nonfinite)
     try:
-        with run.open_files(pending), ThreadMapper(threads, matrices=_takes_matrices(pending)) as mapper:
-            try:
-                run.work(pending, mapper)
-            except KeyboardInterrupt:
-                run.stopping.set()
-                raise Interrupted(
-                    "stopped; what is finished is kept, and the same command goes on from there"
-                ) from None
-            except BaseException:
-                run.stopping.set()
-                raise
+        return finished | run.run(finished, threads)
     except OSError as error:
         raise OutputError(_os_error_text(error, folder)) from error
-    finally:
-        run.listener.finish()
-    return run.nonfinite()
+
+
+def recompute(
+    plan: Plan,
+    steps: Mapping[str, int],
+    *,
+    threads: int,
+    listener: ProgressListener | None = None,
+    backend: Backend = NUMPY,
+) -> dict[str, Done]:
+    """Compute the weights of a plan and write nothing.
+
+    Args:
+        plan: the plan.
+        steps: name -> bytes to hash at a time.
+        threads: how many threads to use.
+        listener: told of progress.
+        backend: whose arrays are computed on.
+
+    Returns:
+        What is known of every tensor, by name.
+
+    Raises:
+        Interrupted: on Ctrl-C.
+        CheckpointError: if an input cannot be read.
+    """
+    run = _Run(plan, Nowhere(), lambda done: None, listener or Silent(), backend, "ignore", steps)
+    return run.run({}, threads)
+
+
+def nonfinite_of(done: Mapping[str, Done]) -> tuple[NonFinite, ...]:
+    """Return where NaN and infinity were met, in the order of the tensors."""
+    return tuple(
+        NonFinite(name, where, count)
+        for name, entry in done.items()
+        for where, count in sorted(entry.nonfinite.items())
+    )
 
 
 def check_space(plan: Plan, folder: Path) -> None:
@@ -142,52 +204,71 @@ def check_space(plan: Plan, folder: Path) -> None:
 
 
 class _Run:
-    """The state of one execution: open files, finished tensors, counts of non-finite values."""
+    """The state of one execution: finished tensors, and what failed."""
 
     def __init__(
-        self, plan: Plan, folder: Path, journal: Journal, listener: ProgressListener, backend: Backend
+        self,
+        plan: Plan,
+        sink: Sink,
+        record: Callable[[Mapping[str, Done]], None],
+        listener: ProgressListener,
+        backend: Backend,
+        on_nonfinite: OnNonfinite,
+        steps: Mapping[str, int] | None = None,
     ) -> None:
         self.plan = plan
-        self.folder = folder
-        self.journal = journal
+        self.sink = sink
+        self.record = record
         self.listener = listener
         self.backend = backend
+        self.on_nonfinite = on_nonfinite
+        self.steps = steps or {}
         self.stopping = threading.Event()
         self.shared: dict[int, Any] = {}
-        self._files: list[int] = []
-        self._finished: list[Task] = []
+        self._done: dict[str, Done] = {}
+        self._unrecorded: list[Task] = []
         self._lock = threading.Lock()
-        self._nonfinite: dict[tuple[str, str], int] = {}
-        self._behind = WriteBehind()
+
+    def run(self, finished: Mapping[str, Done], threads: int) -> dict[str, Done]:
+        """Do all tasks that are not finished, and return what is known of them, in the order of the plan."""
+        tasks = [task for task in self.plan.tasks if task.name not in finished]
+        before = sum(task.nbytes for task in self.plan.tasks) - sum(task.nbytes for task in tasks)
+        self.listener.start(before + sum(task.nbytes for task in tasks), len(self.plan.tasks), before)
+        in_order = sorted(tasks, key=_place_in_input)
+        try:
+            mapper = ThreadMapper(threads, matrices=_takes_matrices(tasks))
+            with self.sink, self._recording(), ReadAhead(in_order) as self._ahead, mapper:
+                try:
+                    self._work(in_order, mapper)
+                except KeyboardInterrupt:
+                    self.stopping.set()
+                    raise Interrupted(
+                        "stopped; what is finished is kept, and the same command goes on from there"
+                    ) from None
+                except BaseException:
+                    self.stopping.set()
+                    raise
+        finally:
+            self.listener.finish()
+        return {task.name: self._done[task.name] for task in tasks}
 
     @contextlib.contextmanager
-    def open_files(self, tasks: Sequence[Task]) -> Iterator[None]:
-        """Open every shard, and sync finished tensors to the journal every few seconds and at the end.
-
-        Meanwhile the inputs of the tasks are read ahead, and what is written is sent to the disk.
-        """
-        flusher = threading.Thread(target=self._flush_regularly, name="weightsmith-journal", daemon=True)
+    def _recording(self) -> Iterator[None]:
+        """Sync finished tensors and record them, every few seconds and at the end."""
+        thread = threading.Thread(target=self._record_regularly, name="weightsmith-journal", daemon=True)
         self._ended = threading.Event()
         self._failure: BaseException | None = None
+        thread.start()
         try:
-            for shard in self.plan.layout.shards:
-                self._files.append(_open_shard(self.folder, shard))
-            flusher.start()
-            try:
-                with self._behind, ReadAhead(tasks) as self._ahead:
-                    yield
-            finally:
-                self._ended.set()
-                flusher.join()
-                self._flush()
-            if self._failure is not None:
-                raise self._failure
+            yield
         finally:
-            for handle in self._files:
-                os.close(handle)
-            self._files = []
+            self._ended.set()
+            thread.join()
+            self._record()
+        if self._failure is not None:
+            raise self._failure
 
-    def work(self, tasks: Iterable[Task], mapper: ThreadMapper) -> None:
+    def _work(self, tasks: Iterable[Task], mapper: ThreadMapper) -> None:
         """Do the tasks: small ones whole, one a thread; large ones one after the other, on all threads."""
         tasks = list(tasks)
         self._prepare_groups(tasks, mapper)
@@ -204,12 +285,6 @@ class _Run:
         while pending:
             pending.popleft().result()
 
-    def nonfinite(self) -> tuple[NonFinite, ...]:
-        """Return where NaN and infinity were met, in the order of the output's tensors."""
-        order = {task.name: place for place, task in enumerate(self.plan.tasks)}
-        found = [NonFinite(tensor, where, n) for (tensor, where), n in self._nonfinite.items()]
-        return tuple(sorted(found, key=lambda entry: (order[entry.tensor], entry.where)))
-
     def _prepare_groups(self, tasks: list[Task], mapper: ThreadMapper) -> None:
         """Compute the statistics that range over several tensors, before any of them is needed."""
         for task in tasks:
@@ -223,65 +298,91 @@ class _Run:
         if self.stopping.is_set():
             return
         place = self.plan.place(task)
-        handle = self._files[place.shard]
-        tensor = task.tensor
-        evaluator = self._evaluator(lambda where, n: self._note(task.name, where, n))
+        tensor, item = task.tensor, task.dtype.itemsize
+        met = _Met()
+        evaluator = self._evaluator(met.add)
         source = carried(tensor, task.dtype)
         if source is None:
             evaluator.prepare(tensor, mapper)
         width = input_width(task)
 
-        def one(stretch: tuple[int, int]) -> None:
+        def one(stretch: tuple[int, int]) -> bytes:
             if self.stopping.is_set():
-                return
-            offset = place.offset + stretch[0] * task.dtype.itemsize
-            nbytes = (stretch[1] - stretch[0]) * task.dtype.itemsize
-            room = self.backend.scratch.get("result", nbytes)
-            if source is not None:
-                if not source.copy_to(*stretch, handle, offset):
-                    _write_all(handle, source.read_into(*stretch, room), offset)
+                return b""
+            start, stop = stretch
+            offset = place.offset + start * item
+            room = self.backend.scratch.get("result", (stop - start) * item)
+            if source is None:
+                values, lost = evaluator.result(tensor, start, stop, task.dtype, room.view(task.dtype))
+                met.add(RESULT, lost)
+                self.sink.write(place.shard, values, offset)
             else:
-                values, lost = evaluator.result(tensor, *stretch, task.dtype, room.view(task.dtype))
-                self._note(task.name, "result", lost)
-                _write_all(handle, values, offset)
-            self._ahead.worked((stretch[1] - stretch[0]) * width)
-            self._behind.wrote(handle, nbytes)
-            self.listener.advance(nbytes)
+                copied = self.sink.copy(place.shard, source, start, stop, offset)
+                values = source.read_into(start, stop, room)
+                if not copied:
+                    self.sink.write(place.shard, values, offset)
+            self._ahead.worked((stop - start) * width)
+            self.listener.advance(values.nbytes)
+            return hash_part(np.ascontiguousarray(values).view(np.uint8))
 
         vector = tensor.columns if isinstance(tensor, Computed) else 1
-        for _ in mapper(one, blocks(task.size, vector, self.backend.block)):
-            pass
+        length = self.steps.get(task.name, self.backend.block * item) // item
+        stretches = list(blocks(task.size, vector, length))
+        parts = list(mapper(one, stretches))
         if self.stopping.is_set():
             return
+        step = (stretches[0][1] - stretches[0][0]) * item if stretches else 0
+        self._check_finite(task, met.counts)
         with self._lock:
-            self._finished.append(task)
+            self._done[task.name] = Done(Digest(join_parts(parts), step), met.counts)
+            self._unrecorded.append(task)
         self.listener.tensor_done(task.name)
+
+    def _check_finite(self, task: Task, counts: Mapping[str, int]) -> None:
+        """Refuse results that are NaN or infinite in more places than the inputs are."""
+        lost = counts.get(RESULT, 0)
+        given = sum(count for where, count in counts.items() if where != RESULT)
+        if lost <= given or self.on_nonfinite != "error":
+            return
+        dtype = dtypes.name_of(task.dtype)
+        raise OutputError(
+            f"{task.name}: {lost:,} results are NaN or infinite in {dtype}, and "
+            + (f"only {given:,} values of its inputs are" if given else "none of its inputs is")
+            + f"; the largest {dtype} is {largest_finite(task.dtype):g}: write a wider dtype (--out-dtype float32), "
+            "choose smaller weights, or go on with --on-nonfinite warn"
+        )
 
     def _evaluator(self, on_nonfinite: Callable[[str, int], None] | None = None) -> Evaluator:
         return Evaluator(self.shared, on_nonfinite, self.backend)
 
-    def _note(self, tensor: str, where: str, count: int) -> None:
-        if count:
-            with self._lock:
-                key = (tensor, where)
-                self._nonfinite[key] = self._nonfinite.get(key, 0) + count
-
-    def _flush_regularly(self) -> None:
+    def _record_regularly(self) -> None:
         while not self._ended.wait(_JOURNAL_EVERY):
             try:
-                self._flush()
+                self._record()
             except BaseException as error:
                 self._failure = error
                 self.stopping.set()
                 return
 
-    def _flush(self) -> None:
+    def _record(self) -> None:
         with self._lock:
-            finished, self._finished = self._finished, []
-        if finished:
-            for number in sorted({self.plan.place(task).shard for task in finished}):
-                os.fsync(self._files[number])
-            self.journal.record([task.name for task in finished])
+            tasks, self._unrecorded = self._unrecorded, []
+        if tasks:
+            self.sink.sync(self.plan.place(task).shard for task in tasks)
+            self.record({task.name: self._done[task.name] for task in tasks})
+
+
+class _Met:
+    """Counts of NaN and infinity in one tensor, from many threads."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, where: str, count: int) -> None:
+        if count:
+            with self._lock:
+                self.counts[where] = self.counts.get(where, 0) + count
 
 
 def _place_in_input(task: Task) -> tuple[str, int]:
@@ -296,41 +397,6 @@ def _takes_matrices(tasks: Iterable[Task]) -> bool:
 
 def _is_small(task: Task) -> bool:
     return task.size <= _SMALL
-
-
-def _open_shard(folder: Path, shard: Shard) -> int:
-    """Open a shard for writing, at its full length, with its header in place."""
-    path = folder / shard.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        if os.fstat(handle).st_size != shard.nbytes:
-            os.ftruncate(handle, shard.nbytes)
-        _reserve(handle, shard.nbytes)
-        _write_all(handle, np.frombuffer(shard.header, np.uint8), 0)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _reserve(handle: int, nbytes: int) -> None:
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(handle, 0, nbytes)
-    except OSError as error:
-        # Some filesystems cannot reserve; there a full disk shows itself at the write.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-
-
-def _write_all(handle: int, values: Array, offset: int) -> None:
-    left = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-    while left:
-        written = os.pwrite(handle, left, offset)
-        offset += written
-        left = left[written:]
 
 
 def _allocated(path: Path) -> int:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoint.staging import sync_folder
 from weightsmith.errors import OutputError
+
+# Changed inputs that an error names.
+_SHOWN = 5
 
 
 class Journal:
     """An append-only record of finished tensors.
 
     Attributes:
-        finished: names of the tensors that earlier runs finished.
+        finished: the tensors that earlier runs finished: name -> what they noted of it.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
@@ -33,36 +37,39 @@ class Journal:
             OutputError: if the file is the journal of another run; the message names the topics that differ.
         """
         self._path = path
-        self.finished: frozenset[str] = frozenset()
+        self.finished: dict[str, Any] = {}
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         found = _parse(lines[0]) if len(lines) > 1 else None
         if found is None:
             self._file = path.open("wb", buffering=0)
             self._append(run)
+            sync_folder(path.parent)
             return
         differing = [topic for topic in run if found.get(topic) != json.loads(json.dumps(run[topic]))]
         if differing:
+            named = _changed_inputs(found.get("inputs"), run["inputs"]) if "inputs" in differing else ""
             raise OutputError(
                 f"there is an unfinished run in {path.parent}, but its {' and '.join(differing)} differ from "
-                "this run's; add --restart to discard it and begin anew"
+                f"this run's{named}; add --restart to discard it and begin anew"
             )
-        names: list[str] = []
         whole = 0
         for line in lines[:-1]:
             entry = _parse(line)
             if entry is None:
                 break
-            names += entry.get("done", [])
+            self.finished |= entry.get("done", {})
             whole += len(line) + 1
-        self.finished = frozenset(names)
         self._file = path.open("r+b", buffering=0)
         self._file.truncate(whole)
         self._file.seek(whole)
 
-    def record(self, names: Sequence[str]) -> None:
-        """Add finished tensors; their bytes must have been synced before. Returns once it is on disk."""
-        if names:
-            self._append({"done": list(names)})
+    def record(self, done: Mapping[str, Any]) -> None:
+        """Add finished tensors and what is to be noted of each, as JSON values.
+
+        Their bytes must have been synced before. Returns once it is on disk.
+        """
+        if done:
+            self._append({"done": dict(done)})
 
     def close(self) -> None:
         """Close the file."""
@@ -71,6 +78,23 @@ class Journal:
     def _append(self, entry: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         os.fsync(self._file.fileno())
+
+
+def _changed_inputs(before: Any, now: Any) -> str:
+    """Name the input files of two runs that differ, and in what."""
+    try:
+        old, new = ({entry["path"]: entry for entry in entries} for entries in (before, now))
+        changes = [
+            f"{name} ({', '.join(key for key in new[name] if new[name][key] != old[name].get(key))})"
+            if name in old
+            else f"{name} (new)"
+            for name in new
+            if new[name] != old.get(name)
+        ] + [f"{name} (no longer an input)" for name in old if name not in new]
+    except (TypeError, KeyError):
+        return ""
+    shown = ", ".join(changes[:_SHOWN])
+    return f": {shown}" + (f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else "") if changes else ""
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

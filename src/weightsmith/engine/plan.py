@@ -15,6 +15,7 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.backend import BLOCK, SWEEP
 from weightsmith.engine.expression import Computed, computed_within, stored_within
+from weightsmith.errors import PlanError
 
 # What the interpreter, the libraries and the plan hold, with what the allocator keeps: measured, with a margin.
 _RESIDENT = 90_000_000
@@ -103,6 +104,21 @@ class Plan:
     def peak_memory(self, threads: int) -> int:
         """Estimate the resident memory of a run with so many threads, in bytes."""
         return _RESIDENT + threads * max((_task_memory(task) for task in self.tasks), default=0)
+
+    def threads_within(self, memory: int, threads: int) -> int:
+        """Return how many threads, at most so many, a run may use to stay within a number of bytes.
+
+        Raises:
+            PlanError: if one thread needs more; the message names the largest tensor and both numbers.
+        """
+        for count in range(threads, 0, -1):
+            if self.peak_memory(count) <= memory:
+                return count
+        largest = max(self.tasks, key=_task_memory)
+        raise PlanError(
+            f"{largest.name} needs about {self.peak_memory(1) / 1e6:,.0f} MB of memory in one thread, and "
+            f"--memory allows {memory / 1e6:,.0f} MB: allow more, or leave the tensor out"
+        )
 
     def to_json(self, threads: int) -> dict[str, Any]:
         """Return the plan as JSON values; the order of tensors is that of the output."""

@@ -15,16 +15,18 @@ from weightsmith import __version__, dtypes
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
+from weightsmith.checkpoint.manifest import MANIFEST_KEY
 from weightsmith.checkpoint.staging import Staging, check_target
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
-from weightsmith.engine.backend import Backend, choose_backend
-from weightsmith.engine.executor import Summary, check_space, execute
+from weightsmith.engine.backend import NUMPY, Backend, choose_backend
+from weightsmith.engine.executor import OnNonfinite, Summary, check_space, execute, nonfinite_of
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.plan import Plan, Task
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import default_threads
 from weightsmith.errors import OutputError
+from weightsmith.plan.provenance import describe, files_of, hash_inputs, write_into_header, write_manifest
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge
 
@@ -93,20 +95,43 @@ class LazyCheckpoint(Checkpoint):
         """Return the recipe that makes this checkpoint."""
         return to_yaml(self.recipe)
 
-    def plan(self, *, shard_size: int = DEFAULT_SHARD_SIZE, file: str | None = None) -> Plan:
+    def plan(
+        self,
+        *,
+        shard_size: int = DEFAULT_SHARD_SIZE,
+        file: str | None = None,
+        arithmetic: str = NUMPY.name,
+        contents: Mapping[str, str] | None = None,
+    ) -> Plan:
         """Lay the output out, without reading or writing any weight.
 
         Args:
             shard_size: most bytes of tensors in a file.
             file: the name of a single ``.safetensors`` file to write, instead of shards.
+            arithmetic: what will compute it, as the output says it.
+            contents: hashes of the inputs, if the output is to name them.
         """
         tasks = tuple(Task(name, self._written.get(name, tensor.dtype), tensor) for name, tensor in self.items())
+        recipe = self.to_yaml()
+        metadata = None
+        if file is not None:
+            # One file holds all there is to say of it in its header, where a place is kept for the hashes.
+            kept = describe(
+                tasks,
+                dict.fromkeys(self, file),
+                arithmetic=arithmetic,
+                recipe=recipe,
+                shard_size=shard_size,
+                inputs=self.identities,
+                contents=contents or {},
+            )
+            metadata = {MANIFEST_KEY: kept.to_text()}
         return Plan(
             tasks,
-            lay_out(tasks, _parts(self), shard_size, file),
+            lay_out(tasks, _parts(self), shard_size, file, metadata),
             self.identities,
             _sources(self._inputs),
-            self.to_yaml(),
+            recipe,
             self.warnings,
         )
 
@@ -116,11 +141,14 @@ class LazyCheckpoint(Checkpoint):
         *,
         shard_size: int = DEFAULT_SHARD_SIZE,
         threads: int | None = None,
-        overwrite: bool = False,
-        restart: bool = False,
-        progress: ProgressListener | None = None,
+        memory: int | None = None,
         device: str | None = None,
         backend: str | None = None,
+        overwrite: bool = False,
+        restart: bool = False,
+        verify: bool = False,
+        on_nonfinite: OnNonfinite = "error",
+        progress: ProgressListener | None = None,
     ) -> Summary:
         """Compute the weights and write them, with everything that belongs beside them.
 
@@ -128,39 +156,71 @@ class LazyCheckpoint(Checkpoint):
             target: the folder to make, or a path that ends in ``.safetensors`` for one file of weights alone.
             shard_size: most bytes of tensors in a file.
             threads: how many threads to use; by default one per core.
+            memory: most bytes to hold; fewer threads are used where that takes it.
+            device: what to compute on: ``cpu``, the default, or a GPU: ``cuda``, ``cuda:1``.
+            backend: ``numpy`` or ``torch``; by default NumPy on a CPU, PyTorch on a GPU.
             overwrite: whether a target that exists may be replaced.
             restart: whether to discard what an unfinished run left, instead of going on from there.
+            verify: whether to read and hash all inputs first: the output then names the hashes, and an unfinished
+                run is only gone on with if they are still the same.
+            on_nonfinite: what to do about results that are NaN or infinite where the inputs are not: ``error`` to
+                stop, ``warn`` to go on and report them, ``ignore`` to go on.
             progress: told of progress.
-            device: what to compute on: ``cpu``, the default, or ``cuda`` (``cuda:1`` for the second GPU).
-            backend: ``numpy`` or ``torch``; by default NumPy and fused loops on the CPU, PyTorch on a GPU.
 
         Raises:
-            DeviceError: if there is no such device, or PyTorch is wanted and not installed.
-            OutputError: if the target exists, is an input, or cannot be written.
+            DeviceError: if the device or backend is not there.
+            PlanError: if no thread could work within the memory.
+            OutputError: if the target exists, is an input, or cannot be written; or a result is not finite.
             Interrupted: on Ctrl-C; the same call goes on from there.
         """
         started = time.monotonic()
-        computing = choose_backend(device, backend)
         path = Path(os.path.abspath(target))
         single = path.suffix == ".safetensors"
-        plan = self.plan(shard_size=shard_size, file=path.name if single else None)
+        chosen = choose_backend(device, backend)
         check_target(path, overwrite=overwrite)
         self._check_not_input(path)
+        count = threads or default_threads()
+        contents = hash_inputs(self.identities, count) if verify else {}
+        plan = self.plan(
+            shard_size=shard_size,
+            file=path.name if single else None,
+            arithmetic=chosen.name,
+            contents=contents,
+        )
+        if memory is not None:
+            count = plan.threads_within(memory, count)
         with Staging(path, overwrite=overwrite, restart=restart) as staging:
             check_space(plan, staging.content)
-            journal = Journal(staging.journal, _run_identity(plan, computing))
+            journal = Journal(staging.journal, _run_identity(plan, chosen, contents))
             try:
-                nonfinite = execute(
+                done = execute(
                     plan,
                     staging.content,
                     journal,
-                    threads=threads or default_threads(),
+                    threads=count,
                     listener=progress,
-                    backend=computing,
+                    backend=chosen,
+                    on_nonfinite=on_nonfinite,
                 )
             finally:
                 journal.close()
-            notes = [] if single else self._write_beside(staging.content, plan)
+            manifest = describe(
+                plan.tasks,
+                files_of(plan.layout),
+                arithmetic=chosen.name,
+                recipe=plan.recipe,
+                shard_size=shard_size,
+                inputs=self.identities,
+                contents=contents,
+                done=done,
+            )
+            notes: list[str] = []
+            with staging.writing():
+                if single:
+                    write_into_header(plan, staging.content / path.name, manifest)
+                else:
+                    notes = self._write_beside(staging.content, plan)
+                    write_manifest(plan, staging.content, manifest)
             staging.publish()
         return Summary(
             target=path,
@@ -168,7 +228,7 @@ class LazyCheckpoint(Checkpoint):
             resumed=len(journal.finished),
             nbytes=plan.bytes_written,
             seconds=time.monotonic() - started,
-            nonfinite=nonfinite,
+            nonfinite=() if on_nonfinite == "ignore" else nonfinite_of(done),
             warnings=tuple(dict.fromkeys((*plan.warnings, *notes))),
         )
 
@@ -216,16 +276,17 @@ def _sources(inputs: Sequence[Checkpoint]) -> dict[int, str]:
     return {id(tensor): one.name for one in inputs for tensor in one.values()}
 
 
-def _run_identity(plan: Plan, backend: Backend) -> dict[str, Any]:
+def _run_identity(plan: Plan, backend: Backend, contents: Mapping[str, str]) -> dict[str, Any]:
     """What a journal must agree on for its tensors to be taken as done."""
     laid_out = hashlib.blake2b(digest_size=16)
     for task in plan.tasks:
         place = plan.place(task)
         laid_out.update(repr((task.name, dtypes.name_of(task.dtype), task.shape, place.shard, place.offset)).encode())
-    return {
+    identity = {
         "weightsmith version": __version__,
         "recipe": plan.recipe,
         "inputs": [asdict(identity) for identity in plan.identities],
         "layout": laid_out.hexdigest(),
         "arithmetic": backend.name,
     }
+    return identity | ({"content of the inputs": dict(contents)} if contents else {})
