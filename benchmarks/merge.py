@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -23,7 +24,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -95,6 +96,18 @@ def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
+def safetensors_header(names: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
+    """Return the first bytes of a safetensors file of bfloat16 tensors, and how many bytes of tensors follow."""
+    header, position = {}, 0
+    for name, shape in names.items():
+        length = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + length]}
+        position += length
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, position
+
+
 def write_model(folder: Path, names: dict[str, tuple[int, ...]], seed: int, base: Path | None) -> None:
     """Write a model of random weights, or a fine-tune of one: the base plus small noise."""
     folder.mkdir()
@@ -111,17 +124,11 @@ def write_model(folder: Path, names: dict[str, tuple[int, ...]], seed: int, base
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    header, position = {}, 0
-    for name, shape in names.items():
-        length = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + length]}
-        position += length
-    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
-    text += b" " * (-len(text) % 8)
+    header, position = safetensors_header(names)
     rng = np.random.default_rng(seed)
     source = None if base is None else (base / "model.safetensors").open("rb")
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         if source is not None:
             source.seek(8 + int.from_bytes(source.read(8), "little"))
         for start in range(0, position // 2, 1 << 24):
@@ -147,8 +154,8 @@ def floor(inputs: list[Path], target: Path) -> None:
         os.fsync(out.fileno())
 
 
-# Starts a command and reports its wall time and peak memory. The kernel counts what a process held before it became
-# the command, so the command is started from a process that holds next to nothing, not from this one.
+# Starts a command and reports its wall time, peak memory and processor time. The kernel counts what a process held
+# before it became the command, so the command is started from a process that holds next to nothing, not from this one.
 LAUNCHER = """
 import os, sys, time
 started = time.monotonic()
@@ -157,19 +164,26 @@ if child == 0:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.execv(sys.argv[1], sys.argv[1:])
 _, status, usage = os.wait4(child, 0)
-print(time.monotonic() - started, usage.ru_maxrss / 1024)
+print(time.monotonic() - started, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
 sys.exit(status != 0)
 """
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Run a command; return its wall time in seconds and its peak resident memory in MB."""
+class Cost(NamedTuple):
+    """What a process took: wall time in seconds, peak resident memory in MB, processor time in seconds."""
+
+    wall: float
+    peak: float
+    processor: float
+
+
+def measure(command: list[str]) -> Cost:
+    """Run a command to its end; a failure ends this program."""
     launched = [sys.executable, "-S", "-c", LAUNCHER, *command]
     done = subprocess.run(launched, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    seconds, peak = done.stdout.split()
-    return float(seconds), float(peak)
+    return Cost(*map(float, done.stdout.split()))
 
 
 def drop_from_cache(paths: list[Path]) -> None:
@@ -214,16 +228,16 @@ class Bench:
             for command, found in ((beside, floors), (ours, walls)):
                 if self.arguments.cold:
                     drop_from_cache(inputs)
-                seconds, peak = measure(command)
-                found.append(seconds)
-            peaks.append(peak)
+                cost = measure(command)
+                found.append(cost.wall)
+            peaks.append(cost.peak)
         low, high = statistics.median(floors), statistics.median(walls)
         figures = {"floor s": low, "wall s": high, "first s": walls[0], "x floor": high / low}
         figures |= {"x (floor + 1)": high / (low + 1), "peak MB": max(peaks)}
         if self.arguments.against:
-            theirs, peak = measure([self.arguments.against, str(recipe), str(self.folder / "theirs")])
+            theirs = measure([self.arguments.against, str(recipe), str(self.folder / "theirs")])
             shutil.rmtree(self.folder / "theirs")
-            figures |= {"theirs s": theirs, "theirs MB": peak, "times faster": theirs / high}
+            figures |= {"theirs s": theirs.wall, "theirs MB": theirs.peak, "times faster": theirs.wall / high}
         return figures
 
 
