@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 
 from weightsmith.recipe.load import load_recipe
-from weightsmith.recipe.schedule import Place, evaluate, resolve
+from weightsmith.recipe.schedule import Place, constant, rules, value_at
 
 
 def setting(text: str):
     recipe = load_recipe(f"merge_method: linear\nmodels: [{{model: a}}]\nparameters: {{x: {text}}}")
     return recipe.parameters["x"]
+
+
+def evaluate(found, where):
+    return resolve([{"x": found}], "x", where)
+
+
+def resolve(levels, parameter, where):
+    return value_at(rules(levels, parameter), where)
 
 
 def at(position: float | None, name: str = "model.layers.3.mlp.w", layer: int | None = 3, module: str | None = None):
@@ -68,3 +76,19 @@ def test_the_nearest_level_that_gives_a_value_wins():
     assert resolve(levels, "w", at(0.5, "mlp")) == 2
     assert resolve(levels, "v", at(0.5)) == 5
     assert resolve(levels, "u", at(0.5)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2", True),
+        ("{value: 2}", True),
+        ("[{filter: '*', value: 2}, 3]", True),
+        ("[]", True),
+        ("[1, 2]", False),
+        ("{value: [1, 2]}", False),
+        ("[{filter: attn, value: 1}, 2]", False),
+    ],
+)
+def test_what_is_the_same_for_all_tensors_is_known_to_be(text, expected):
+    assert constant(rules([{"x": setting(text)}], "x")) is expected

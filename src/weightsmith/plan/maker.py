@@ -12,9 +12,8 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
 from weightsmith.errors import MethodError, PlanError
 from weightsmith.methods.registry import Method
-from weightsmith.methods.settings import complete
+from weightsmith.plan.parameters import Resolver
 from weightsmith.plan.slots import Contribution, Slot
-from weightsmith.recipe.schedule import resolve
 from weightsmith.recipe.schema import Merge
 
 _SHOWN = 5
@@ -31,6 +30,7 @@ class Maker:
     def __init__(self, recipe: Merge, method: Method) -> None:
         self._recipe = recipe
         self._method = method
+        self._resolver = Resolver(method, recipe.compat)
         self._cast = dtypes.float_from_name(recipe.dtype) if recipe.dtype else None
         output = recipe.out_dtype or recipe.dtype
         self._output = dtypes.float_from_name(output) if output else None
@@ -177,16 +177,9 @@ class Maker:
             return self._output
         return tensor.dtype
 
-    def _parameters(self, slot: Slot, models: list[Contribution], *, has_base: bool) -> dict[str, Any]:
-        given: dict[str, Any] = {}
-        for parameter in self._method.parameters.values():
-            name = parameter.name
-            if parameter.per_model:
-                given[name] = [resolve((one.settings, *slot.levels), name, slot.where) for one in models]
-            else:
-                given[name] = resolve(slot.levels, name, slot.where)
+    def _parameters(self, slot: Slot, models: list[Contribution], *, has_base: bool) -> Mapping[str, Any]:
         try:
-            return complete(self._method, given, len(models), has_base=has_base, compat=self._recipe.compat)
+            return self._resolver.resolve(slot, models, has_base=has_base)
         except MethodError as error:
             labels = ", ".join(one.model.label for one in models)
             raise PlanError(f"{error} (for {slot.name}, merging {labels})") from error

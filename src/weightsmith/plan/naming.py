@@ -9,7 +9,7 @@ from weightsmith.architecture.stacks import Architecture, Stack, analyse, before
 from weightsmith.architecture.towers import Tower
 from weightsmith.errors import PlanError
 from weightsmith.plan.parts import Open, Part, divide, find_towers
-from weightsmith.plan.slots import Contribution, Model, Settings, Slot, union
+from weightsmith.plan.slots import NO_SETTINGS, Contribution, Model, Settings, Slot, union
 from weightsmith.recipe.schedule import Place
 from weightsmith.recipe.schema import Merge, ModelInput, Module, Slice, Source
 
@@ -189,7 +189,7 @@ def _layer_slots(
             tuple(
                 contribution(model, rank, suffix, own) for (model, rank), own in zip(layer.ranks, settings, strict=True)
             ),
-            contribution(*layer.base, suffix, {}) if layer.base else None,
+            contribution(*layer.base, suffix, NO_SETTINGS) if layer.base else None,
             levels,
             stack=layer.stack.prefix,
         )

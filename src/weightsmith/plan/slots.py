@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.recipe.schedule import Place
 from weightsmith.recipe.schema import Setting
 
 Settings = Mapping[str, Setting]
+NO_SETTINGS: Settings = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,7 @@ class Model:
     checkpoint: Checkpoint
 
 
-@dataclass(frozen=True)
-class Contribution:
+class Contribution(NamedTuple):
     """One model's tensor for an output tensor.
 
     Attributes:
@@ -39,11 +41,10 @@ class Contribution:
 
     model: Model
     tensor: str
-    settings: Settings = field(default_factory=dict)
+    settings: Settings = NO_SETTINGS
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One output tensor.
 
     Attributes:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 from weightsmith.recipe.schema import Condition, Scalar, Scope, Setting
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor lies in the output.
 
     Attributes:
@@ -28,51 +28,80 @@ class Place:
     module: str | None = None
 
 
-def resolve(levels: Sequence[Mapping[str, Setting]], parameter: str, where: Place) -> Scalar | None:
-    """Return the value that the nearest level gives a parameter for a tensor, or None if none gives one.
+@dataclass(frozen=True)
+class Rule:
+    """A value for the tensors that a condition lets through.
+
+    Attributes:
+        condition: the condition, or None where the value is for all tensors.
+        value: the value, or the values that are spread over the layers.
+    """
+
+    condition: Condition | None
+    value: Scalar | tuple[Scalar, ...]
+
+
+def rules(levels: Sequence[Mapping[str, Setting]], parameter: str) -> tuple[Rule, ...]:
+    """Return what levels of settings say of a parameter, for any tensor: of the rules, the first that holds counts.
 
     Args:
         levels: settings by parameter, the nearest level first: model, slice, module, merge.
         parameter: the parameter's name.
-        where: the tensor.
     """
+    found: list[Rule] = []
     for level in levels:
-        setting = level.get(parameter)
-        if setting is not None:
-            value = evaluate(setting, where)
-            if value is not None:
-                return value
-    return None
+        for rule in _rules(level.get(parameter)):
+            found.append(rule)
+            if rule.condition is None:
+                # What comes after it never counts.
+                return tuple(found)
+    return tuple(found)
 
 
-def evaluate(setting: Setting, where: Place) -> Scalar | None:
-    """Return a setting's value for a tensor, or None if it is a list of conditions of which none holds.
+def _rules(setting: Setting | None) -> Iterator[Rule]:
+    if setting is None:
+        return
+    if isinstance(setting, tuple) and any(isinstance(entry, Condition) for entry in setting):
+        for entry in setting:
+            yield from _rules(entry)
+        return
+    value = setting.value if isinstance(setting, Condition) else setting
+    if value != ():
+        # What is left are values: a tuple with conditions among them was dealt with above.
+        yield Rule(_condition(setting), cast("Scalar | tuple[Scalar, ...]", value))
+
+
+def _condition(setting: Setting) -> Condition | None:
+    """Return the condition of a setting, or None where all tensors fulfil it."""
+    if not isinstance(setting, Condition) or (setting.filter in (None, "*") and setting.scope is None):
+        return None
+    return setting
+
+
+def value_at(candidates: Sequence[Rule], where: Place) -> Scalar | None:
+    """Return the value that rules give a tensor, or None if none of them holds.
 
     A list of values is a schedule: its entries are spread evenly over the layers, from the first to the last.
     Numbers are interpolated linearly between them; other values hold until the next entry's place. As in
     mergekit, tensors outside layers take the first entry, and the layer of a stack of one the last.
 
     Args:
-        setting: a value, a schedule, a condition, or a list of conditions, of which the first that holds
-            counts.
+        candidates: the rules, as :func:`rules` gives them.
         where: the tensor.
     """
-    if isinstance(setting, Condition):
-        return evaluate(setting.value, where) if _holds(setting, where) else None
-    if not isinstance(setting, tuple):
-        return setting
-    if any(isinstance(entry, Condition) for entry in setting):
-        for entry in setting:
-            value = evaluate(entry, where)
-            if value is not None:
-                return value
-        return None
-    return _interpolate([entry for entry in setting if not isinstance(entry, Condition)], where.position or 0.0)
+    for rule in candidates:
+        if rule.condition is None or _holds(rule.condition, where):
+            value = rule.value
+            return _interpolate(value, where.position or 0.0) if isinstance(value, tuple) else value
+    return None
 
 
-def _interpolate(values: Sequence[Scalar], position: float) -> Scalar | None:
-    if not values:
-        return None
+def constant(candidates: Sequence[Rule]) -> bool:
+    """Whether rules give every tensor the same value."""
+    return not candidates or (candidates[0].condition is None and not isinstance(candidates[0].value, tuple))
+
+
+def _interpolate(values: Sequence[Scalar], position: float) -> Scalar:
     place = position * (len(values) - 1)
     before = math.floor(place)
     after = min(before + 1, len(values) - 1)
@@ -83,7 +112,7 @@ def _interpolate(values: Sequence[Scalar], position: float) -> Scalar | None:
 
 
 def _holds(condition: Condition, where: Place) -> bool:
-    if condition.filter not in (None, "*") and str(condition.filter) not in where.name:
+    if condition.filter is not None and condition.filter != "*" and condition.filter not in where.name:
         return False
     return condition.scope is None or _in_scope(condition.scope, where)
 
