@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 # A number as modules are numbered: no leading zero, or the name could not be written back; no endless digits.
-_NUMBER = re.compile(r"(?:^|(?<=[./]))(0|[1-9][0-9]{0,8})(?=\.|$)")
+_NUMBER = re.compile(r"(?<![^./])(0|[1-9][0-9]{0,8})(?![^.])")
 _BARE = re.compile(r"^(\d+\.)*(parametrizations\.\w+\.\w+|[^.]*)$")
 _DEEPEST = 8
 # Keys under which configs count layers.
@@ -112,7 +112,7 @@ class Architecture:
     """
 
     stacks: tuple[Stack, ...]
-    _names: tuple[str, ...] = field(default=(), repr=False)
+    _known: Mapping[str, tuple[_Split, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def main(self) -> tuple[Stack, ...]:
@@ -126,7 +126,7 @@ class Architecture:
     @cached_property
     def _members(self) -> dict[tuple[str, int], list[str]]:
         found: dict[tuple[str, int], list[str]] = {}
-        for name in self._names:
+        for name in self._known:
             place = self.locate(name)
             if place is not None:
                 found.setdefault((place.stack.prefix, place.index), []).append(place.suffix)
@@ -134,7 +134,8 @@ class Architecture:
 
     def locate(self, name: str) -> Place | None:
         """Return where a tensor lies, or None if it belongs to no layer."""
-        for prefix, index, suffix in _splits(name):
+        splits = self._known.get(name)
+        for prefix, index, suffix in _splits(name) if splits is None else splits:
             stack = self._by_prefix.get(prefix)
             if stack is not None:
                 return Place(stack, index, suffix) if index in stack.ranks else None
@@ -153,12 +154,12 @@ def analyse(names: Iterable[str], config: Mapping[str, Any] | None = None) -> Ar
         config: the model's config; where it counts layers, it tells a wrapper that holds one whole model
             (``0.auto_model.…``) from a stack of one layer.
     """
-    names = tuple(names)
-    numbered = [split for split in (tuple(_splits(name)) for name in names) if split]
+    known = {name: tuple(_splits(name)) for name in names}
+    numbered = [splits for splits in known.values() if splits]
     found = _stacks(numbered, frozenset(_counts(config or {})))
     blocks = {prefix: indices for prefix, (indices, block) in found.items() if block}
     chosen = blocks or {prefix: indices for prefix, (indices, _) in found.items()}
-    return Architecture(tuple(Stack(prefix, tuple(sorted(indices))) for prefix, indices in chosen.items()), names)
+    return Architecture(tuple(Stack(prefix, tuple(sorted(indices))) for prefix, indices in chosen.items()), known)
 
 
 def _splits(name: str) -> Iterator[_Split]:
@@ -184,9 +185,8 @@ def _stacks(names: Sequence[tuple[_Split, ...]], counts: frozenset[int]) -> dict
     found: dict[str, tuple[set[int], bool]] = {}
     for prefix, group in groups.items():
         indices = {splits[0][1] for splits in group}
-        inner = [splits[1:] for splits in group if len(splits) > 1]
-        if inner and _may_hold_models(group, indices, counts):
-            deeper = _stacks(inner, counts)
+        if any(len(splits) > 1 for splits in group) and _may_hold_models(group, indices, counts):
+            deeper = _stacks([splits[1:] for splits in group if len(splits) > 1], counts)
             sizes = {len(numbers) for numbers, block in deeper.values() if block}
             if sizes & counts if len(indices) == 1 else any(size > 1 for size in sizes):
                 found |= deeper

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from typing import Any
 
@@ -26,6 +27,7 @@ _LARGEST_SIZE = 2**63
 # Known to the format, but packed below a byte: a range of elements is no range of bytes.
 _PACKED = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _METADATA = "__metadata__"
+_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class StoredTensor(Tensor):
@@ -39,6 +41,7 @@ class StoredTensor(Tensor):
     def __init__(self, name: str, shape: tuple[int, ...], dtype: DType, source: Source, offset: int) -> None:
         self.name = name
         self.shape = shape
+        self.size = math.prod(shape)
         self.dtype = dtype
         self.source = source
         self.offset = offset
@@ -137,62 +140,66 @@ def _parse(content: bytes, path: str) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Any, source: Source, begin: int) -> StoredTensor:
-    where = f"{source.path}: tensor {name!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} is not described by dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise _wrong(source, name, "is not described by dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = dtypes.from_code(code) if isinstance(code, str) else None
     if dtype is None:
         if code in _PACKED:
-            raise CheckpointError(f"{where} is {code}, packed below a byte, which is not supported")
-        raise CheckpointError(f"{where} has the unknown dtype {code!r}")
-    if not isinstance(shape, list) or not all(_is_count(length) for length in shape):
-        raise CheckpointError(f"{where} has the shape {shape!r}; lengths are whole numbers from 0")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
-        raise CheckpointError(f"{where} has the data_offsets {offsets!r}; two whole numbers are needed")
+            raise _wrong(source, name, f"is {code}, packed below a byte, which is not supported")
+        raise _wrong(source, name, f"has the unknown dtype {code!r}")
+    if not isinstance(shape, list):
+        raise _wrong(source, name, f"has the shape {shape!r}; lengths are whole numbers from 0")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not (_is_count(offsets[0]) and _is_count(offsets[1])):
+        raise _wrong(source, name, f"has the data_offsets {offsets!r}; two whole numbers are needed")
     size = dtype.itemsize
     for length in shape:
+        if not _is_count(length):
+            raise _wrong(source, name, f"has the shape {shape!r}; lengths are whole numbers from 0")
         size *= length
         if size >= _LARGEST_SIZE:
-            raise CheckpointError(f"{where} has the shape {shape!r}, larger than any file")
+            raise _wrong(source, name, f"has the shape {shape!r}, larger than any file")
     start, stop = offsets
     if stop - start != size:
-        raise CheckpointError(
-            f"{where} is {code} {shape!r}, which takes {size:,} bytes, and its data_offsets span {stop - start:,}"
-        )
+        span = f"which takes {size:,} bytes, and its data_offsets span {stop - start:,}"
+        raise _wrong(source, name, f"is {code} {shape!r}, {span}")
     if begin + stop > source.size:
-        raise CheckpointError(
-            f"{where} ends at byte {begin + stop:,}, and the file at byte {source.size:,}: it is cut short"
-        )
+        ends = f"ends at byte {begin + stop:,}, and the file at byte {source.size:,}"
+        raise _wrong(source, name, f"{ends}: it is cut short")
     return StoredTensor(name, tuple(shape), dtype, source, begin + start)
 
 
+def _wrong(source: Source, name: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{source.path}: tensor {name!r} {what}")
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_SIZE
+    # The type itself: JSON's true and false are no counts.
+    return type(value) is int and 0 <= value < _LARGEST_SIZE
 
 
 def _check_cover(tensors: dict[str, StoredTensor], source: Source, begin: int) -> None:
     """Check that the tensors fill the file: bytes that belong to none, or to two, hide something."""
     end = begin
     previous = ""
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.offset + t.nbytes)):
-        if tensor.offset != end:
-            what = "overlap" if tensor.offset < end else "leave a gap"
-            before = f"tensors {previous!r} and {tensor.name!r}" if previous else f"the start and {tensor.name!r}"
-            raise CheckpointError(f"{source.path}: {before} {what}: {end:,} and {tensor.offset:,}")
-        end += tensor.nbytes
-        previous = tensor.name
+    for start, nbytes, name in sorted([(tensor.offset, tensor.nbytes, tensor.name) for tensor in tensors.values()]):
+        if start != end:
+            what = "overlap" if start < end else "leave a gap"
+            before = f"tensors {previous!r} and {name!r}" if previous else f"the start and {name!r}"
+            raise CheckpointError(f"{source.path}: {before} {what}: {end:,} and {start:,}")
+        end += nbytes
+        previous = name
     if end != source.size:
         raise CheckpointError(f"{source.path}: the tensors end at byte {end:,}, and the file at byte {source.size:,}")
 
 
-_NUMBER = re.compile(r"(\d+)")
+# At most as many digits at a time as are quickly turned to a number; hostile names may have any number of them.
+_NUMBER = re.compile(r"([0-9]{1,18})")
 
 
-def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural_order(name: str) -> list[str | int]:
     """Return a sort key by which the numbers in names count as numbers: layer 2 comes before layer 10."""
-    return tuple(
-        (0, int(part), "") if part.isdecimal() and part.isascii() else (1, 0, part)
-        for part in _NUMBER.split(name)
-        if part
-    )
+    # Texts and numbers take turns, so that texts meet texts where two keys are compared, and numbers meet numbers.
+    parts: list[str | int] = [*_NUMBER.split(name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts

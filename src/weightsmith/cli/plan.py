@@ -27,16 +27,18 @@ def command(
     """Show what a merge would do: tensors, methods, bytes, memory, shards. Nothing is written."""
     recipe = read_recipe(recipe_path, **described)
     from weightsmith.api import merge_recipe
+    from weightsmith.engine.memory import uncollected
 
-    plan = merge_recipe(recipe).plan(shard_size=shard_size)
-    show_plan(plan, threads=threads, as_json=as_json, tensors=tensors)
+    with uncollected():
+        plan = merge_recipe(recipe).plan(shard_size=shard_size)
+        show_plan(plan, threads=threads, as_json=as_json, tensors=tensors)
 
 
 def show_plan(plan: Plan, *, threads: int | None, as_json: bool, tensors: bool) -> None:
     """Print a plan."""
     from weightsmith.engine.threads import default_threads
 
-    content = plan.to_json(threads or default_threads())
+    content = plan.to_json(threads or default_threads(), tensors=as_json or tensors)
     if as_json:
         click.echo(json.dumps(content, indent=2))
         return
@@ -44,7 +46,7 @@ def show_plan(plan: Plan, *, threads: int | None, as_json: bool, tensors: bool) 
         for entry in content["tensors"]:
             _show_tensor(entry)
         click.echo()
-    click.echo(f"output      {len(content['tensors']):,} tensors, {content['parameters']:,} parameters")
+    click.echo(f"output      {len(plan.tasks):,} tensors, {content['parameters']:,} parameters")
     click.echo(f"methods     {', '.join(f'{name} on {count:,}' for name, count in content['methods'].items())}")
     click.echo(f"read        {size(content['bytes_read'])}, once per pass")
     click.echo(f"write       {size(content['bytes_written'])}")

@@ -43,6 +43,7 @@ class Computed(Tensor):
         method: the method.
         base: the base's tensor, or None.
         models: the models' tensors.
+        inputs: the base's tensor, if there is one, and the models'.
         labels: a stable name for each model: random masks depend on it.
         parameters: the method's parameters, resolved for this tensor; per-model ones are tuples.
         seed: the recipe's seed.
@@ -71,6 +72,7 @@ class Computed(Tensor):
     ) -> None:
         self.name = name
         self.shape = models[0].shape
+        self.size = models[0].size
         self.dtype = dtype
         self.method = method
         self.base = base
@@ -80,14 +82,10 @@ class Computed(Tensor):
         self.seed = seed
         self.rounds = rounds
         self.casts = casts
+        self.inputs = models if base is None else (base, *models)
         self.working = working_dtype([_working_of(tensor) for tensor in self.inputs])
         self.group = group or Group()
         self.group.add(self)
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The base's tensor, if there is one, and the models'."""
-        return self.models if self.base is None else (self.base, *self.models)
 
     @property
     def reads(self) -> Granularity:
@@ -150,7 +148,8 @@ def computed_within(tensor: Tensor) -> Iterator[Computed]:
     """Yield every computed tensor that this one rests on, inputs before what is computed from them."""
     if isinstance(tensor, Computed):
         for part in tensor.inputs:
-            yield from computed_within(part)
+            if isinstance(part, Computed):
+                yield from computed_within(part)
         yield tensor
 
 
@@ -158,7 +157,10 @@ def stored_within(tensor: Tensor) -> Iterator[Tensor]:
     """Yield every tensor that is read, not computed, to make this one."""
     if isinstance(tensor, Computed):
         for part in tensor.inputs:
-            yield from stored_within(part)
+            if isinstance(part, Computed):
+                yield from stored_within(part)
+            else:
+                yield part
     else:
         yield tensor
 

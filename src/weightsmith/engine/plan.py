@@ -95,11 +95,7 @@ class Plan:
     @cached_property
     def methods(self) -> dict[str, int]:
         """Method name -> number of tensors it is applied to; ``carried`` counts those that are copied."""
-        counts: Counter[str] = Counter()
-        for task in self.tasks:
-            names = [part.method.name for part in computed_within(task.tensor)]
-            counts.update(names or ["carried"])
-        return dict(counts)
+        return dict(Counter(name for task in self.tasks for name in _methods(task.tensor)))
 
     def peak_memory(self, threads: int) -> int:
         """Estimate the resident memory of a run with so many threads, in bytes."""
@@ -120,10 +116,16 @@ class Plan:
             f"--memory allows {memory / 1e6:,.0f} MB: allow more, or leave the tensor out"
         )
 
-    def to_json(self, threads: int) -> dict[str, Any]:
-        """Return the plan as JSON values; the order of tensors is that of the output."""
+    def to_json(self, threads: int, *, tensors: bool = True) -> dict[str, Any]:
+        """Return the plan as JSON values.
+
+        Args:
+            threads: threads to estimate the memory for.
+            tensors: whether to list the tensors, in the order of the output.
+        """
+        listed = {"tensors": [self._task_json(task) for task in self.tasks]} if tensors else {}
         return {
-            "tensors": [self._task_json(task) for task in self.tasks],
+            **listed,
             "shards": [
                 {"file": shard.path, "nbytes": shard.nbytes, "tensors": len(shard.tensors)}
                 for shard in self.layout.shards
@@ -153,6 +155,10 @@ class Plan:
             ],
             "parameters": _json(computed.parameters) if computed else {},
         }
+
+
+def _methods(tensor: Tensor) -> list[str]:
+    return [part.method.name for part in computed_within(tensor)] or ["carried"]
 
 
 def _task_memory(task: Task) -> int:

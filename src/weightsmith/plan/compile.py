@@ -14,6 +14,7 @@ from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import other_files, tokenizer_files
 from weightsmith.checkpoint.reference import parse_reference
+from weightsmith.engine.memory import uncollected
 from weightsmith.errors import PlanError, RecipeError
 from weightsmith.methods.registry import Method, get_method
 from weightsmith.methods.settings import check_inputs
@@ -48,7 +49,8 @@ def compile_recipe(recipe: Recipe, opened: Mapping[str, Checkpoint] | None = Non
             known[reference] = open_checkpoint(reference) if step is None else _compile_one(step, find, reference)
         return known[reference]
 
-    return _compile_one(recipe, find, recipe.name or "merged")
+    with uncollected():
+        return _compile_one(recipe, find, recipe.name or "merged")
 
 
 def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) -> LazyCheckpoint:
@@ -177,7 +179,7 @@ def _config(
     config = dict(naming.donor.checkpoint.config)
     if not config:
         return config
-    architecture = analyse(naming.donor.checkpoint, config)
+    architecture = analyse(naming.donor.checkpoint if naming.restacks else (), config)
     for restack in naming.restacks:
         config, notes = configs.with_layers(config, restack.stack, restack.picked, architecture)
         warnings += notes

@@ -48,11 +48,10 @@ class Maker:
             return self._carry(slot, slot.models[0])
         base, models = self._participants(slot)
         everyone = [base, *models] if base else models
-        found = {id(one): self._find(one) for one in everyone}
-        lacking = [one for one in everyone if found[id(one)] is None]
-        if lacking:
-            return self._incomplete(slot, everyone, found, lacking)
-        tensors = [tensor for tensor in found.values() if tensor is not None]
+        found = [self._find(one) for one in everyone]
+        tensors = [tensor for tensor in found if tensor is not None]
+        if len(tensors) < len(found):
+            return self._incomplete(slot, everyone, found)
         floats = [dtypes.is_float(tensor.dtype) for tensor in tensors]
         if not any(floats):
             return self._carry(slot, everyone[0])
@@ -119,11 +118,12 @@ class Maker:
         self,
         slot: Slot,
         everyone: list[Contribution],
-        found: Mapping[int, Tensor | None],
-        lacking: list[Contribution],
+        found: list[Tensor | None],
     ) -> Tensor | None:
+        having = [one for one, tensor in zip(everyone, found, strict=True) if tensor is not None]
+        lacking = [one for one, tensor in zip(everyone, found, strict=True) if tensor is None]
         # A tensor of a base that the method has no use for: it is the base's alone.
-        having = [one for one in everyone if found[id(one)] is not None] or ([slot.base] if slot.base else [])
+        having = having or ([slot.base] if slot.base else [])
         rule = self._recipe.on_missing
         if rule == "error":
             self._missing.append((slot, [o.model.label for o in having], [o.model.label for o in lacking]))

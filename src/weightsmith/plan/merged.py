@@ -22,6 +22,7 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.backend import NUMPY, Backend, choose_backend
 from weightsmith.engine.executor import OnNonfinite, Summary, check_space, execute, nonfinite_of
 from weightsmith.engine.journal import Journal
+from weightsmith.engine.memory import uncollected
 from weightsmith.engine.plan import Plan, Task
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import default_threads
@@ -111,29 +112,30 @@ class LazyCheckpoint(Checkpoint):
             arithmetic: what will compute it, as the output says it.
             contents: hashes of the inputs, if the output is to name them.
         """
-        tasks = tuple(Task(name, self._written.get(name, tensor.dtype), tensor) for name, tensor in self.items())
-        recipe = self.to_yaml()
-        metadata = None
-        if file is not None:
-            # One file holds all there is to say of it in its header, where a place is kept for the hashes.
-            kept = describe(
+        with uncollected():
+            tasks = tuple(Task(name, self._written.get(name, tensor.dtype), tensor) for name, tensor in self.items())
+            recipe = self.to_yaml()
+            metadata = None
+            if file is not None:
+                # One file holds all there is to say of it in its header, where a place is kept for the hashes.
+                kept = describe(
+                    tasks,
+                    dict.fromkeys(self, file),
+                    arithmetic=arithmetic,
+                    recipe=recipe,
+                    shard_size=shard_size,
+                    inputs=self.identities,
+                    contents=contents or {},
+                )
+                metadata = {MANIFEST_KEY: kept.to_text()}
+            return Plan(
                 tasks,
-                dict.fromkeys(self, file),
-                arithmetic=arithmetic,
-                recipe=recipe,
-                shard_size=shard_size,
-                inputs=self.identities,
-                contents=contents or {},
+                lay_out(tasks, _parts(self), shard_size, file, metadata),
+                self.identities,
+                _sources(self._inputs),
+                recipe,
+                self.warnings,
             )
-            metadata = {MANIFEST_KEY: kept.to_text()}
-        return Plan(
-            tasks,
-            lay_out(tasks, _parts(self), shard_size, file, metadata),
-            self.identities,
-            _sources(self._inputs),
-            recipe,
-            self.warnings,
-        )
 
     def save(
         self,

@@ -86,13 +86,14 @@ def _name_models(part: Part, inputs: Sequence[ModelInput], base: Model | None, o
     everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in models)]))
     names = union(*(part.seen(model) for model in everyone))
     architecture = analyse(names, part.donor.checkpoint.config)
+    towers = [(model, part.tower_in(model), own) for model, own in models]
     slots = []
     for name in names:
         layer, position, stack = _whereabouts(architecture, name)
         slots.append(
             Slot(
                 Place(part.tower.name(name), layer, position, part.module),
-                tuple(Contribution(model, part.name_in(model, name), own) for model, own in models),
+                tuple([Contribution(model, tower.name(name), own) for model, tower, own in towers]),
                 Contribution(base, part.name_in(base, name)) if base else None,
                 part.levels,
                 stack=stack,

@@ -33,13 +33,17 @@ class Part:
     towers: dict[int, Tower] = field(default_factory=dict)
     others: tuple[str, ...] = ()
 
+    def tower_in(self, model: Model) -> Tower:
+        """Return where a model keeps this part."""
+        return self.towers.get(id(model), self.tower)
+
     def name_in(self, model: Model, name: str) -> str:
         """Return what a model calls the tensor that this part calls ``name``."""
-        return self.towers.get(id(model), self.tower).name(name)
+        return self.tower_in(model).name(name)
 
     def seen(self, model: Model) -> dict[str, str]:
         """Return the names within this part of a model's tensors -> the model's own names."""
-        tower = self.towers.get(id(model), self.tower)
+        tower = self.tower_in(model)
         inner = ((tower.inner(name), name) for name in model.checkpoint)
         return {one: name for one, name in inner if one is not None and not one.startswith(self.others)}
 
