@@ -184,6 +184,8 @@ def _compiled(tensor: Computed, terminals: Any, request: Request | None, counts:
         if os.environ.get("WEIGHTSMITH_KERNELS") == "strict":
             raise
         return None
+    finally:
+        recorder.forget()
 
 
 def _symbolic(tensor: Computed, recorder: Recorder, *, counted: bool) -> SymbolicBlock:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from weightsmith.dtypes import DType
 from weightsmith.kernels.native import Library
 from weightsmith.kernels.select import BINS
-from weightsmith.kernels.trace import Kind, Lazy, Recorder, Total, Untraceable
+from weightsmith.kernels.trace import FREE, Kind, Lazy, Recorder, Total, Untraceable
 
 Array = npt.NDArray[Any]
 
@@ -128,27 +128,10 @@ class Program:
             Untraceable: if the machine lacks an operation.
         """
         self._run = library.run
-        self._operations = library.operations
+        self._form = form = _form_of(library, recorder, terminals, counts)
+        self._code = form.code_with(recorder, terminals)
         self.columns = recorder.columns or 1
-        self._tile = recorder.columns or TILE
-        if recorder.columns is not None and not SHORTEST_ROW <= recorder.columns <= LONGEST_ROW:
-            raise Untraceable("rows too short or too long to fuse")
-        self._tables: list[Array] = []
-        self.outputs: list[DType] = []
-        self.width = 0
-        self._sums = 0
-        self._counts = counts
-        self._found: list[Collect | Histogram] = []
-        self._results: list[tuple[str, int, int]] = []
-        schedule = _scheduled([self._terminal(terminal) for terminal in terminals])
-        nodes = [step for step in schedule if isinstance(step, Lazy)]
-        if any(node.recorder is not recorder for node in nodes):
-            # A method that keeps an array from one call for the next.
-            raise Untraceable("an array of another block")
-        loads = {node.numbers[0] for node in nodes if node.operation.startswith("load_")}
-        self.inputs = sorted(loads)
-        self._place = {slot: place for place, slot in enumerate(self.inputs)}
-        self._assemble(schedule)
+        self.inputs, self.outputs, self.width = form.inputs, form.outputs, form.width
 
     def run(
         self, inputs: Sequence[Array], outputs: Sequence[Array], count: int, index: int = 0, position: int = 0
@@ -168,39 +151,96 @@ class Program:
         # The machine goes by addresses: what does not fit must not reach it.
         if count % self.columns or any(len(array) != count for array in (*inputs, *outputs)):
             raise ValueError(f"a stretch of {count} elements in rows of {self.columns}, with arrays of other lengths")
-        sums = np.empty(self._sums)
-        counts = np.empty(self._counts, np.int64)
+        form = self._form
+        sums = np.empty(form.sums)
+        counts = np.empty(form.counts, np.int64)
         found: list[Array] = []
-        for want in self._found:
-            if isinstance(want, Histogram):
-                found.append(np.zeros(BINS, np.int64))
-            else:
-                found.append(np.empty(count, np.uint64 if want.value.kind == "f64" else np.uint32))
+        for patterns in form.found:
+            found.append(np.zeros(BINS, np.int64) if patterns is None else np.empty(count, patterns))
         # Named, so that they live until the call returns.
         reads, writes, finds = _pointers(inputs), _pointers(outputs), _pointers(found)
         room = np.array([len(array) for array in found], np.int64)
         failed = self._run(
             _address(self._code),
-            self._once,
+            form.once,
             len(self._code),
-            self._registers,
-            self._item,
-            self._tile,
+            form.registers,
+            form.item,
+            form.tile,
             count,
             _address(reads),
             _address(writes),
             _address(sums),
-            self._sums,
+            form.sums,
             _address(counts),
-            self._counts,
+            form.counts,
             _address(finds),
             _address(room),
             index,
             position,
         )
         if failed:
-            raise MemoryError(f"no memory for {self._registers} registers of {self._tile} elements")
-        return Results(self._results, sums, counts, found)
+            raise MemoryError(f"no memory for {form.registers} registers of {form.tile} elements")
+        return Results(form.results, sums, counts, found)
+
+
+class _Form:
+    """What programs have in common whose records differ in numbers alone: all but those numbers.
+
+    Attributes:
+        inputs: see :class:`Program`.
+        outputs: see :class:`Program`.
+        width: see :class:`Program`.
+        found: for every selection the dtype of its patterns, None for a histogram.
+        results: kind and slots of what each terminal finds.
+        sums: number of sums.
+        counts: number of counts, those of loads first.
+        once: lines at the start of the code that are run once, not for every tile.
+        registers: number of registers.
+        item: bytes of an element of a register.
+        tile: elements of a register.
+        code: the code of the record it was made from.
+    """
+
+    def __init__(self, library: Library, recorder: Recorder, terminals: Sequence[Terminal], counts: int) -> None:
+        self._operations = library.operations
+        self.tile = recorder.columns or TILE
+        if recorder.columns is not None and not SHORTEST_ROW <= recorder.columns <= LONGEST_ROW:
+            raise Untraceable("rows too short or too long to fuse")
+        self._tables: list[Array] = []
+        self.outputs: list[DType] = []
+        self.width = 0
+        self.sums = 0
+        self.counts = counts
+        self.found: list[DType | None] = []
+        self.results: list[tuple[str, int, int]] = []
+        schedule = _scheduled([self._terminal(terminal) for terminal in terminals])
+        loads = {step.numbers[0] for step in schedule if isinstance(step, Lazy) and step.operation.startswith("load_")}
+        self.inputs = sorted(loads)
+        self._place = {slot: place for place, slot in enumerate(self.inputs)}
+        self._assemble(schedule)
+        written = [step for step in schedule if not _is_constant(step)]
+        ends = [step for step in schedule if isinstance(step, _End)]
+        # Lines of the code that hold numbers of their own, and whose: a step's, or after all steps a terminal's.
+        self._lines: list[int] = []
+        self._places: list[int] = []
+        for line, step in enumerate([*filter(_is_constant, schedule), *written]):
+            if isinstance(step, Lazy) and step.operation in FREE:
+                self._lines.append(line)
+                self._places.append(step.place)
+            elif isinstance(step, _End) and isinstance(terminals[ends.index(step)], Collect | Histogram):
+                self._lines.append(line)
+                self._places.append(len(recorder.steps) + ends.index(step))
+
+    def code_with(self, recorder: Recorder, terminals: Sequence[Terminal]) -> Array:
+        """Return the code with the numbers of another record of this form, and of its terminals."""
+        steps, own = recorder.steps, len(recorder.steps)
+        numbers = [steps[place].numbers if place < own else _bounds(terminals[place - own]) for place in self._places]
+        if not numbers:
+            return self.code
+        code = self.code.copy()
+        code[self._lines, 6:] = numbers
+        return code
 
     def _terminal(self, terminal: Terminal) -> _End:
         """Give a terminal its slots."""
@@ -215,56 +255,55 @@ class Program:
             name = f"{terminal.operation}_{kinds.pop()}"
             if terminal.operation == "count":
                 return _End(name, terminal.operands, (self._count(), 0, 0, 0, 0))
-            self._results.append(("sum", self._sums, 0))
-            self._sums += 1
-            return _End(name, terminal.operands, (self._sums - 1, 0, 0, 0, 0))
+            self.results.append(("sum", self.sums, 0))
+            self.sums += 1
+            return _End(name, terminal.operands, (self.sums - 1, 0, 0, 0, 0))
         value = terminal.value
-        if not isinstance(value, Lazy) or value.kind == "m32" or value.single:
+        if value.kind == "m32" or value.single:
             raise Untraceable("selection is among numbers of elements")
-        slot = len(self._found)
-        self._found.append(terminal)
+        slot = len(self.found)
         self.width = 8 * value.dtype.itemsize
         if isinstance(terminal, Histogram):
-            self._results.append(("histogram", slot, 0))
-            return _End(f"histogram_{value.kind}", (value,), (0, 0, slot, _signed(terminal.low), terminal.shift))
-        self._results.append(("collect", slot, self._counts))
-        self._counts += 2
-        at = self._counts - 2
-        return _End(
-            f"collect_{value.kind}", (value,), (at, at + 1, slot, _signed(terminal.low), _signed(terminal.high))
-        )
+            self.found.append(None)
+            self.results.append(("histogram", slot, 0))
+            return _End(f"histogram_{value.kind}", (value,), (0, 0, slot, *_bounds(terminal)))
+        self.found.append(np.dtype(f"u{value.dtype.itemsize}"))
+        self.results.append(("collect", slot, self.counts))
+        self.counts += 2
+        at = self.counts - 2
+        return _End(f"collect_{value.kind}", (value,), (at, at + 1, slot, *_bounds(terminal)))
 
     def _count(self) -> int:
-        self._results.append(("count", self._counts, 0))
-        self._counts += 1
-        return self._counts - 1
+        self.results.append(("count", self.counts, 0))
+        self.counts += 1
+        return self.counts - 1
 
     def _assemble(self, schedule: Sequence[Lazy | _End]) -> None:
         """Give every array a register, free for others after its last use, and write the program down."""
         last = {id(operand): at for at, step in enumerate(schedule) for operand in step.operands}
-        constants = [step for step in schedule if isinstance(step, Lazy) and step.operation == "constant"]
+        constants = [step for step in schedule if _is_constant(step)]
         place = {id(node): register for register, node in enumerate(constants)}
         lines = [self._line(node, place) for node in constants]
-        self._once = len(lines)
-        self._registers = len(constants)
+        self.once = len(lines)
+        self.registers = len(constants)
         free: list[int] = []
         for at, step in enumerate(schedule):
             if isinstance(step, Lazy):
-                if step.operation == "constant":
+                if _is_constant(step):
                     continue
                 # Taken before those of the operands come free: operations do not work in place.
                 if free:
                     place[id(step)] = free.pop()
                 else:
-                    place[id(step)] = self._registers
-                    self._registers += 1
+                    place[id(step)] = self.registers
+                    self.registers += 1
             lines.append(self._line(step, place))
             for key, operand in {id(operand): operand for operand in step.operands}.items():
                 if last[key] == at and operand.operation != "constant":
                     free.append(place[key])
         wide = any(isinstance(step, Lazy) and step.kind == "f64" for step in schedule)
-        self._item = 8 if wide else 4
-        self._code = np.array(lines, np.int64).reshape(-1, 8)
+        self.item = 8 if wide else 4
+        self.code = np.array(lines, np.int64).reshape(-1, 8)
 
     def _line(self, step: Lazy | _End, place: dict[int, int]) -> list[int]:
         """Write one operation in the layout of ``code`` in machine.c."""
@@ -295,6 +334,46 @@ class Program:
             raise Untraceable(f"the machine has no operation {name}") from None
 
 
+_FORMS: dict[Any, _Form] = {}
+_MOST_FORMS = 512
+
+
+def _form_of(library: Library, recorder: Recorder, terminals: Sequence[Terminal], counts: int) -> _Form:
+    """Return the form of a record; most records of a run differ from another in numbers alone."""
+    ends = [end for terminal in terminals for end in _operands(terminal)]
+    if any(end.recorder is not recorder for end in ends):
+        # A method that keeps an array from one call for the next; places mean nothing in another record.
+        raise Untraceable("an array of another block")
+    wanted = tuple([_kind_of(terminal) for terminal in terminals])
+    key = (library.level, recorder.columns, counts, tuple(recorder.form), wanted)
+    found = _FORMS.get(key)
+    if found is None:
+        if len(_FORMS) >= _MOST_FORMS:
+            _FORMS.clear()
+        found = _FORMS[key] = _Form(library, recorder, terminals, counts)
+    return found
+
+
+def _operands(terminal: Terminal) -> tuple[Lazy, ...]:
+    return terminal.operands if isinstance(terminal, Total) else (terminal.value,)
+
+
+def _kind_of(terminal: Terminal) -> tuple[Any, ...]:
+    """Return what tells a terminal from others, but for its numbers."""
+    if isinstance(terminal, Total):
+        return (terminal.operation, *[operand.place for operand in terminal.operands])
+    return (type(terminal), terminal.value.place, terminal.dtype if isinstance(terminal, Store) else None)
+
+
+def _bounds(terminal: Terminal) -> tuple[int, int]:
+    """Return the numbers of a selection."""
+    if isinstance(terminal, Collect):
+        return _signed(terminal.low), _signed(terminal.high)
+    if isinstance(terminal, Histogram):
+        return _signed(terminal.low), terminal.shift
+    raise TypeError(f"{type(terminal).__name__} has no bounds")
+
+
 class Results:
     """What a run of a program found, in the order of its terminals.
 
@@ -320,13 +399,17 @@ class Results:
                 self.values.append((above, found[slot][:within].copy()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _End:
     """A terminal with its slots: what its code holds for out, b, c, x and y."""
 
     name: str
     operands: tuple[Lazy, ...]
     slots: tuple[int, int, int, int, int]
+
+
+def _is_constant(step: Lazy | _End) -> bool:
+    return isinstance(step, Lazy) and step.operation == "constant"
 
 
 def _scheduled(ends: Sequence[_End]) -> list[Lazy | _End]:

@@ -104,6 +104,7 @@ class Lazy(Symbolic):
         numbers: its immediate operands, two 64-bit integers.
         kind: what its elements are: float32, float64 or a mask.
         single: whether it is one value for the whole tile: a constant, or a value for each row.
+        place: how many operations were recorded before it.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Lazy(Symbolic):
         kind: Kind,
         single: bool,
         numbers: tuple[int, int] = (0, -1),
+        place: int = 0,
     ) -> None:
         self.recorder = recorder
         self.operation = operation
@@ -121,6 +123,7 @@ class Lazy(Symbolic):
         self.kind = kind
         self.single = single
         self.numbers = numbers
+        self.place = place
 
     def __array_namespace__(self, api_version: str | None = None) -> Recorder:
         return self.recorder
@@ -216,8 +219,18 @@ class Positions(Symbolic):
         return self.recorder.record("position_le", (), kind="m32", single=False, numbers=(math.floor(last), 0))
 
 
+# Operations whose immediate operands may be others in the next program of the same form.
+FREE = frozenset({"constant", "position_le", "uniform"})
+
+
 class Recorder:
-    """The namespace of symbolic arrays, and the record of their operations."""
+    """The namespace of symbolic arrays, and the record of their operations.
+
+    Attributes:
+        columns: length of a row where blocks are rows, None where they are any elements.
+        steps: the operations, in the order in which they were recorded.
+        form: what tells the record from others, but for the numbers in it: an entry for each operation.
+    """
 
     float32 = np.dtype(np.float32)
     float64 = np.dtype(np.float64)
@@ -231,7 +244,14 @@ class Recorder:
             columns: length of a row where blocks are rows, None where they are any elements.
         """
         self.columns = columns
+        self.steps: list[Lazy] = []
+        self.form: list[tuple[Any, ...]] = []
         self._known: dict[Any, Lazy] = {}
+
+    def forget(self) -> None:
+        """Let go of the operations: they know their recorder, and would be freed by the collector of cycles alone."""
+        self.steps.clear()
+        self._known.clear()
 
     def __getattr__(self, name: str) -> NoReturn:
         raise Untraceable(f"{name} has no place in a fused program")
@@ -261,11 +281,16 @@ class Recorder:
             raise Untraceable("an array of another block")
         kind = kind or operands[-1].kind
         if single is None:
-            single = bool(operands) and all(operand.single for operand in operands)
-        key = (operation, kind, numbers, single, *map(id, operands))
+            single = bool(operands)
+            for operand in operands:
+                single = single and operand.single
+        key = (operation, kind, numbers, single, *[operand.place for operand in operands])
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = Lazy(self, operation, operands, kind, single, numbers)
+            found = Lazy(self, operation, operands, kind, single, numbers, len(self.steps))
+            self._known[key] = found
+            self.steps.append(found)
+            self.form.append((operation, kind, single) if operation in FREE else key)
         return found
 
     def constant(self, value: Any, kind: Kind) -> Lazy:
