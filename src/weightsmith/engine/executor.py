@@ -32,6 +32,9 @@ from weightsmith.kernels.convert import largest_finite
 
 # A tensor up to this size is the work of one thread; a larger one is shared by all.
 _SMALL = 1 << 20
+# One up to this size is not handed to another thread: that costs more than it takes, which is mostly the interpreter's
+# work, and threads wait for each other there.
+_TINY = 1 << 13
 # Seconds between two syncs of finished tensors to disk and journal.
 _JOURNAL_EVERY = 5.0
 
@@ -269,12 +272,14 @@ class _Run:
             raise self._failure
 
     def _work(self, tasks: Iterable[Task], mapper: ThreadMapper) -> None:
-        """Do the tasks: small ones whole, one a thread; large ones one after the other, on all threads."""
+        """Do the tasks: tiny ones here, small ones whole, one a thread; large ones in turn, on all threads."""
         tasks = list(tasks)
         self._prepare_groups(tasks, mapper)
         pending: deque[Future[None]] = deque()
         for task in tasks:
-            if _is_small(task):
+            if task.size <= _TINY:
+                self._do(task, in_turn)
+            elif _is_small(task):
                 pending.append(mapper.submit(self._do, task, in_turn))
                 if len(pending) >= 4 * mapper.threads:
                     pending.popleft().result()
