@@ -10,6 +10,7 @@ import pytest
 
 import weightsmith as ws
 from conftest import llama_tensors, read_safetensors, write_safetensors
+from weightsmith.checkpoint.safetensors import natural_order
 from weightsmith.errors import CheckpointError, UnsafeFileError
 
 ONE = {"a": np.ones(2, np.float32)}
@@ -112,6 +113,11 @@ def test_no_folder_beside_the_weights_may_be_a_link_out(tmp_path, link):
 def test_numbers_in_names_order_as_numbers(tmp_path):
     write_safetensors(tmp_path / "m.safetensors", {f"layers.{i}.w": np.ones(1) for i in (10, 2, 1)})
     assert list(ws.open(tmp_path)) == ["layers.1.w", "layers.2.w", "layers.10.w"]
+
+
+def test_a_name_may_have_more_digits_than_a_number():
+    names = ["a1", "a9", "a10", "a" + "1" * 5000, "a" + "2" * 5000, "b", "b.2", "b.2.c", "b.10"]
+    assert sorted({*names}, key=natural_order) == names
 
 
 def test_second_copies_of_the_weights_and_files_of_the_training_run_are_left_out(tmp_path):

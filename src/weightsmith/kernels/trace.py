@@ -284,7 +284,12 @@ class Recorder:
             single = bool(operands)
             for operand in operands:
                 single = single and operand.single
-        key = (operation, kind, numbers, single, *[operand.place for operand in operands])
+        places = []
+        for operand in operands:
+            if operand.recorder is not self:
+                raise Untraceable("an array of another block")
+            places.append(operand.place)
+        key = (operation, kind, numbers, single, *places)
         found = self._known.get(key)
         if found is None:
             found = Lazy(self, operation, operands, kind, single, numbers, len(self.steps))
@@ -329,6 +334,8 @@ class Recorder:
         return self.record(operation, (one, other), kind="m32")
 
     def _promoted(self, left: Any, right: Any) -> tuple[Lazy, Lazy]:
+        if isinstance(left, Lazy) and isinstance(right, Lazy) and left.kind == right.kind != "m32":
+            return left, right
         kinds = [value.kind for value in (left, right) if isinstance(value, Lazy)]
         wanted: Kind = "f64" if "f64" in kinds else "f32"
         if "f32" not in kinds and "f64" not in kinds:
