@@ -74,10 +74,11 @@ def test_ranges_are_those_of_each_program(forms):
     assert len(forms) == 2
 
 
-def test_arrays_of_two_records_do_not_mix():
+def test_an_array_of_another_record_is_not_taken_for_the_one_in_its_place():
     other = load(Recorder(None), 0, F32, F32)
-    with pytest.raises(Untraceable, match="another block"):
-        compiled(lambda r, x: [Store(x + other, F32)])
+    for make in (lambda r, x: [Store(x + other, F32)], lambda r, x: [Store(other, F32)]):
+        with pytest.raises(Untraceable, match="another block"):
+            compiled(make)
 
 
 def test_known_forms_are_bounded(forms, monkeypatch):

@@ -229,7 +229,7 @@ def test_no_operator_is_left_to_python():
 
 
 # Nothing but these: what they are not asked for here, they are not.
-SHOWN = {"operation", "operands", "numbers", "kind", "single", "recorder", "dtype", "shape", "ndim"}
+SHOWN = {"operation", "operands", "numbers", "place", "kind", "single", "recorder", "dtype", "shape", "ndim"}
 
 
 def test_arrays_show_nothing_that_is_not_known():

@@ -277,8 +277,6 @@ class Recorder:
             numbers: immediate operands.
         """
         operands = tuple(operands)
-        if any(operand.recorder is not self for operand in operands):
-            raise Untraceable("an array of another block")
         kind = kind or operands[-1].kind
         if single is None:
             single = bool(operands)
