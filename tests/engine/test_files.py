@@ -113,6 +113,7 @@ class Asked(Tensor):
 def small_steps(monkeypatch):
     monkeypatch.setattr(ahead, "_STEP", 400)
     monkeypatch.setattr(ahead, "_DISTANCE", 1000)
+    monkeypatch.setattr(ahead, "_SMALL", 0)
 
 
 @pytest.mark.usefixtures("small_steps")

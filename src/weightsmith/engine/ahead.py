@@ -12,6 +12,8 @@ from weightsmith.engine.plan import Task
 # Bytes of input asked for at a time, and how far ahead of the work.
 _STEP = 8 << 20
 _DISTANCE = 128 << 20
+# Tensors of fewer bytes come with their neighbours: the kernel reads ahead by itself.
+_SMALL = 1 << 20
 
 
 class ReadAhead:
@@ -69,7 +71,7 @@ def _stretches(tasks: Sequence[Task]) -> Iterator[tuple[int, list[tuple[Tensor, 
         for start in range(0, task.size, step):
             stop = min(start + step, task.size)
             # An input of another size is a factor of an adapter, small beside the weights.
-            whole = [tensor for tensor in inputs if tensor.size == task.size]
+            whole = [tensor for tensor in inputs if tensor.size == task.size and tensor.nbytes >= _SMALL]
             yield (stop - start) * width, [(tensor, start, stop) for tensor in whole]
 
 
