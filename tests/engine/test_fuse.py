@@ -232,7 +232,7 @@ def test_statistics_over_several_tensors_are_the_same(name, given, way, on_numpy
     if way != "gathered":
         monkeypatch.setattr(statistics, "_SMALL_SCOPE", 0)
     if way == "by digits":
-        monkeypatch.setattr(statistics, "_MOST_GATHERED", 0)
+        monkeypatch.setattr(statistics, "MOST_GATHERED", 0)
     monkeypatch.setattr(type(NUMPY), "sweep", 1000)
 
     def all_of_them() -> list[Any]:

@@ -88,7 +88,7 @@ def test_a_range_that_misses_is_noticed():
 
 def test_more_than_may_be_kept_is_let_go():
     values = np.ones(10, np.float32)
-    gathered = gather([values, values], 0, 2**32 - 1, limit=15)
+    gathered = gather([values, values], 0, 2**32 - 1, limit=60)
     assert gathered.blocks is None
     assert gathered.count == 20
     assert find(gathered, 3) is None

@@ -47,7 +47,7 @@ def way(request, monkeypatch):
     if request.param != "gathered":
         monkeypatch.setattr(statistics, "_SMALL_SCOPE", 0)
     if request.param == "by digits":
-        monkeypatch.setattr(statistics, "_MOST_GATHERED", 0)
+        monkeypatch.setattr(statistics, "MOST_GATHERED", 0)
     return request.param
 
 

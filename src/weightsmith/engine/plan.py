@@ -16,6 +16,7 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.backend import BLOCK, SWEEP
 from weightsmith.engine.expression import Computed, computed_within, stored_within
 from weightsmith.errors import PlanError
+from weightsmith.methods.statistics import MOST_GATHERED
 
 # What the interpreter, the libraries and the plan hold, with what the allocator keeps: measured, with a margin.
 _RESIDENT = 90_000_000
@@ -99,7 +100,8 @@ class Plan:
 
     def peak_memory(self, threads: int) -> int:
         """Estimate the resident memory of a run with so many threads, in bytes."""
-        return _RESIDENT + threads * max((_task_memory(task) for task in self.tasks), default=0)
+        most = max((_task_memory(task) for task in self.tasks), default=0)
+        return _RESIDENT + threads * most + max((_statistic_memory(task) for task in self.tasks), default=0)
 
     def threads_within(self, memory: int, threads: int) -> int:
         """Return how many threads, at most so many, a run may use to stay within a number of bytes.
@@ -159,6 +161,16 @@ class Plan:
 
 def _methods(tensor: Tensor) -> list[str]:
     return [part.method.name for part in computed_within(tensor)] or ["carried"]
+
+
+def _statistic_memory(task: Task) -> int:
+    """Estimate the bytes that a statistic holds beside its blocks: what a selection gathers, and that in one piece."""
+    sizes = [
+        part.group.size * part.working.itemsize * len(part.models)
+        for part in computed_within(task.tensor)
+        if part.method.statistic is not None
+    ]
+    return 2 * min(max(sizes, default=0), MOST_GATHERED)
 
 
 def _task_memory(task: Task) -> int:

@@ -90,10 +90,10 @@ class Gathered:
     count: int
 
     def add(self, other: Gathered, limit: int) -> Gathered:
-        """Append the blocks that follow, and let go of all patterns where there are more than ``limit``."""
+        """Append the blocks that follow, and let go of all patterns where they take more than ``limit`` bytes."""
         self.above += other.above
         self.count += other.count
-        if self.blocks is None or other.blocks is None or self.count > limit:
+        if self.blocks is None or other.blocks is None or self.count * other.blocks[0].itemsize > limit:
             self.blocks = None
         else:
             self.blocks += other.blocks

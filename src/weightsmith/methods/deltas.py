@@ -104,16 +104,24 @@ _NONE = Cut(float("inf"), -1)
 _ALL = Cut(-1.0, -1)
 
 
-def _cuts(scope: Scope, counts: Sequence[int]) -> Statistic[list[Cut]]:
-    """Return the boundary of the k largest magnitudes of every task vector; k of 0 or all needs no sweep."""
-    asked = [i for i, count in enumerate(counts) if 0 < count < scope.size]
+def _cuts(scope: Scope, *counts: Sequence[int]) -> Statistic[list[list[Cut]]]:
+    """Return boundaries of the k largest magnitudes of every task vector; k of 0 or all needs no sweep.
+
+    Args:
+        scope: what they range over.
+        counts: lists of k per model; all are found in the same sweeps.
+    """
+    pairs = [(model, count) for row in counts for model, count in enumerate(row)]
+    asked = [pair for pair in dict.fromkeys(pairs) if 0 < pair[1] < scope.size]
     found = []
     if asked:
         found = yield from largest(
-            lambda block: [block.xp.abs(block.deltas[i]) for i in asked], [counts[i] for i in asked], scope
+            lambda block: [block.xp.abs(block.deltas[model]) for model, _ in asked],
+            [count for _, count in asked],
+            scope,
         )
     cuts = dict(zip(asked, found, strict=True))
-    return [cuts.get(i, _ALL if count else _NONE) for i, count in enumerate(counts)]
+    return [[cuts.get((model, count), _ALL if count else _NONE) for model, count in enumerate(row)] for row in counts]
 
 
 def _with_scale(trim: Trim, *, rescale: bool) -> Statistic[Trim]:
@@ -144,7 +152,7 @@ def l1_ratios(masked: Callable[[Block], Sequence[Array]]) -> Statistic[list[floa
 
 def _largest_share(scope: Scope, *, density: Sequence[float], rescale: bool) -> Statistic[Trim]:
     counts = [max(1, int(share * scope.size)) if share > 0 else 0 for share in density]
-    outer = yield from _cuts(scope, counts)
+    (outer,) = yield from _cuts(scope, counts)
     return (yield from _with_scale(Trim(outer, [_NONE] * len(outer), [1.0] * len(outer)), rescale=rescale))
 
 
@@ -182,8 +190,11 @@ def ties(
 def _middle_share(scope: Scope, *, density: Sequence[float], gamma: Sequence[float], rescale: bool) -> Statistic[Trim]:
     kept = [int(share * scope.size) for share in density]
     bottom = [max(0, scope.size - k - int(top * scope.size)) for k, top in zip(kept, gamma, strict=True)]
-    outer = yield from _cuts(scope, [scope.size - b for b in bottom])
-    inner = yield from _cuts(scope, [scope.size - b - k for b, k in zip(bottom, kept, strict=True)])
+    outer, inner = yield from _cuts(
+        scope,
+        [scope.size - b for b in bottom],
+        [scope.size - b - k for b, k in zip(bottom, kept, strict=True)],
+    )
     return (yield from _with_scale(Trim(outer, inner, [1.0] * len(outer)), rescale=rescale))
 
 

@@ -91,8 +91,8 @@ class Cut:
 
 # Scopes up to this size are gathered whole; larger ones are sampled first.
 _SMALL_SCOPE = 1 << 17
-# Values that may be held for a selection: 32 MB of float32.
-_MOST_GATHERED = 1 << 23
+# Bytes of patterns that may be held at a time, for all selections of a sweep.
+MOST_GATHERED = 64 << 20
 _EVERY_PATTERN = (0, 2**64 - 1)
 
 
@@ -136,7 +136,7 @@ def _cuts(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], sco
     if scope.size > _SMALL_SCOPE:
         runs = yield Sweep(Patterns(values), sampled=True)
         ranges = [select.bracket([run[i] for run in runs], count, scope.size) for i, count in enumerate(counts)]
-    limit = _MOST_GATHERED // len(counts)
+    limit = MOST_GATHERED // len(counts)
 
     def join(one: list[select.Gathered], other: list[select.Gathered]) -> list[select.Gathered]:
         return [a.add(b, limit) for a, b in zip(one, other, strict=True)]
