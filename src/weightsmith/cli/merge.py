@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from weightsmith.cli.plan import show_plan
-from weightsmith.cli.recipes import Bytes, read_recipe, recipe_options, shard_option
+from weightsmith.cli.recipes import memory_option, read_recipe, recipe_options, shard_option
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @recipe_options
 @shard_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core.")
-@click.option("--memory", type=Bytes(), help="Most memory to use, such as 2GB; fewer threads run where that takes it.")
+@memory_option
 @backend_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew.")
@@ -92,7 +92,8 @@ def command(
 
     merged = merge_recipe(recipe)
     if dry_run:
-        show_plan(merged.plan(shard_size=shard_size), threads=threads, as_json=False, tensors=False)
+        plan = merged.plan(shard_size=shard_size)
+        show_plan(plan, threads=threads, memory=memory, as_json=False, tensors=False)
         return
     if not quiet:
         _warn(merged.warnings, json_log)

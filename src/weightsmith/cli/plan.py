@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightsmith.cli.recipes import read_recipe, recipe_options, shard_option
+from weightsmith.cli.recipes import memory_option, read_recipe, recipe_options, shard_option
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 @recipe_options
 @shard_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to plan the memory for.")
+@memory_option
 @click.option("--tensors", is_flag=True, help="List every tensor, with its sources and parameters.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def command(
-    recipe_path: str | None, shard_size: int, threads: int | None, tensors: bool, as_json: bool, **described: Any
+    recipe_path: str | None,
+    shard_size: int,
+    threads: int | None,
+    memory: int | None,
+    tensors: bool,
+    as_json: bool,
+    **described: Any,
 ) -> None:
     """Show what a merge would do: tensors, methods, bytes, memory, shards. Nothing is written."""
     recipe = read_recipe(recipe_path, **described)
@@ -31,14 +38,17 @@ def command(
 
     with uncollected():
         plan = merge_recipe(recipe).plan(shard_size=shard_size)
-        show_plan(plan, threads=threads, as_json=as_json, tensors=tensors)
+        show_plan(plan, threads=threads, memory=memory, as_json=as_json, tensors=tensors)
 
 
-def show_plan(plan: Plan, *, threads: int | None, as_json: bool, tensors: bool) -> None:
+def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: bool, tensors: bool) -> None:
     """Print a plan."""
     from weightsmith.engine.threads import default_threads
 
-    content = plan.to_json(threads or default_threads(), tensors=as_json or tensors)
+    count = threads or default_threads()
+    if memory is not None:
+        count = plan.threads_within(memory, count)
+    content = plan.to_json(count, tensors=as_json or tensors)
     if as_json:
         click.echo(json.dumps(content, indent=2))
         return
@@ -50,7 +60,8 @@ def show_plan(plan: Plan, *, threads: int | None, as_json: bool, tensors: bool) 
     click.echo(f"methods     {', '.join(f'{name} on {count:,}' for name, count in content['methods'].items())}")
     click.echo(f"read        {size(content['bytes_read'])}, once per pass")
     click.echo(f"write       {size(content['bytes_written'])}")
-    click.echo(f"memory      about {size(content['peak_memory'])} at most")
+    workers = f"{count} thread{'s' if count > 1 else ''}"
+    click.echo(f"memory      about {size(content['peak_memory'])} at most, with {workers}")
     for shard in content["shards"]:
         click.echo(f"shard       {shard['file']}: {shard['tensors']:,} tensors, {size(shard['nbytes'])}")
     for warning in content["warnings"]:

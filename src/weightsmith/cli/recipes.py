@@ -74,6 +74,13 @@ def shard_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def memory_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option of the memory's bound."""
+    return click.option(
+        "--memory", type=Bytes(), help="Most memory to use, such as 2GB; fewer threads run where that takes it."
+    )(function)
+
+
 def read_recipe(
     path: str | None,
     *,

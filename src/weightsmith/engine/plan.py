@@ -164,11 +164,11 @@ def _methods(tensor: Tensor) -> list[str]:
 
 
 def _statistic_memory(task: Task) -> int:
-    """Estimate the bytes that a statistic holds beside its blocks: what a selection gathers, and that in one piece."""
+    """Estimate the bytes that a selection holds beside its blocks: what it gathers, and that in one piece."""
     sizes = [
         part.group.size * part.working.itemsize * len(part.models)
         for part in computed_within(task.tensor)
-        if part.method.statistic is not None
+        if part.method.selects
     ]
     return 2 * min(max(sizes, default=0), MOST_GATHERED)
 

@@ -43,6 +43,7 @@ def _selected(block: Block, cut: Cut | None) -> list[Array]:
     base="required",
     minimum=1,
     statistic=_selection,
+    selects=True,
     properties=("idempotent", "symmetric", "translates"),
     source="Wan et al., FuseChat, 2024, arXiv:2408.07990, section 3.3 (select, calculate, erase)",
     compat={"mergekit": {"uniform_below": 1e-6}},

@@ -48,6 +48,7 @@ class Method:
             (:data:`~weightsmith.methods.block.Statistic`); it is given those parameters that it names.
         scope: name of the parameter that says what the statistic ranges over (``tensor``, ``layer`` or
             ``model``), or None for the tensor.
+        selects: whether its statistic selects by rank, and so holds candidates in memory.
         random: whether it draws random numbers.
         check: None, or a function that raises MethodError for parameters that do not go together.
         properties: what the conformance battery may expect: ``idempotent`` (copies of one model give that
@@ -73,6 +74,7 @@ class Method:
     statistic: Callable[..., Any] | None = None
     statistic_parameters: tuple[str, ...] = ()
     scope: str | None = None
+    selects: bool = False
     random: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
     properties: frozenset[Property] = frozenset()
@@ -127,6 +129,7 @@ def method(
     reads: Granularity | Callable[[Mapping[str, Any]], Granularity] = "elements",
     statistic: Callable[..., Any] | None = None,
     scope: str | None = None,
+    selects: bool = False,
     random: bool = False,
     check: Callable[[Mapping[str, Any]], None] | None = None,
     properties: Iterable[Property] = (),
@@ -162,6 +165,7 @@ def method(
             statistic=statistic,
             statistic_parameters=_named_by(statistic, parameters, chosen),
             scope=scope,
+            selects=selects,
             random=random,
             check=check,
             properties=frozenset(properties),

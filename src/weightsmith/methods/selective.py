@@ -65,6 +65,7 @@ def _threshold(scope: Scope) -> Statistic[float]:
     maximum=1,
     reads="rows",
     statistic=_threshold,
+    selects=True,
     properties=("idempotent",),
     source="Arcee AI, mergekit (arcee_fusion), 2025; no paper",
 )
