@@ -7,7 +7,12 @@ do. The command line prints that sentence and exits with 1; nothing else in the 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+# Longer words are no typos of anything, and comparing two of them takes the square of their length.
+_LONGEST_WORD = 200
 
 
 class WeightsmithError(Exception):
@@ -46,7 +51,34 @@ class Interrupted(WeightsmithError):
     """The run was stopped; what was finished is kept and the same command resumes it."""
 
 
+class _Shown(reprlib.Repr):
+    """Python's own form of a value, but of bounded length and depth whatever a file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = self.maxlong = 120
+
+    def repr_int(self, value: int, level: int) -> str:
+        """Write a number; one of thousands of digits cannot be, by default."""
+        return repr(value) if value.bit_length() < 400 else f"a whole number of {value.bit_length():,} bits"
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        """Write what has no form of its own here: an object's repr may go through all that it holds."""
+        return repr(value) if isinstance(value, float | bool | None) else f"<{type(value).__name__}>"
+
+
+_SHOWN = _Shown()
+
+
+def shown(value: Any) -> str:
+    """Return a value that a file holds as errors quote it: in Python's form, shortened where it is long or deep."""
+    return _SHOWN.repr(value)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    if len(word) > _LONGEST_WORD:
+        return ""
+    near = difflib.get_close_matches(word, [one for one in known if len(one) <= _LONGEST_WORD], n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -39,8 +39,8 @@ def test_shards_are_read_by_their_index_or_without(tmp_path):
 @pytest.mark.parametrize(
     ("weight_map", "error", "message"),
     [
-        ({**GOOD, "c": GOOD["a"]}, CheckpointError, "says that c is in model-00001"),
-        ({"a": GOOD["a"], "b": GOOD["a"]}, CheckpointError, "says that b is in model-00001"),
+        ({**GOOD, "c": GOOD["a"]}, CheckpointError, "says that 'c' is in model-00001"),
+        ({"a": GOOD["a"], "b": GOOD["a"]}, CheckpointError, "says that 'b' is in model-00001"),
         ({"a": "../a.safetensors"}, UnsafeFileError, "not in its folder"),
         ({"a": "/etc/passwd"}, UnsafeFileError, "not in its folder"),
         ({"a": "missing.safetensors"}, CheckpointError, "missing.safetensors"),
@@ -57,7 +57,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, weight_map, error, mess
 def test_a_tensor_in_two_files_is_refused_with_both(tmp_path):
     for name in ("one", "two"):
         write_safetensors(tmp_path / f"{name}.safetensors", ONE)
-    with pytest.raises(CheckpointError, match="a is in both one.safetensors and two.safetensors"):
+    with pytest.raises(CheckpointError, match="'a' is in both one.safetensors and two.safetensors"):
         ws.open(tmp_path)
 
 

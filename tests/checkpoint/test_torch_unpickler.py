@@ -115,7 +115,7 @@ def mappings_in_one_another(depth: int) -> bytes:
         (b"\x80\x02}q\x00U\x05modelh\x00s.", "holds no state dict"),
         (nested_tuples(80) + b"0}hPK\x01s.", "key is a nested tuple"),
         (nested_tuples(80) + b"Q.", "no storage"),
-        (nested_tuples(80) + b"0(dS'a'\n" + view(strides=b"(hPhPt") + b"s.", r"strides \[tuple, tuple\]"),
+        (nested_tuples(80) + b"0(dS'a'\n" + view(strides=b"(hPhPt") + b"s.", r"strides \(\(\(\(\.\.\.\)"),
         (b"(dS'a'\n" + view(b"(L4611686018427387903L\nI4\nt", b"(I0\nI0\nt") + b"s.", "larger than any file"),
         (b"(dS'a'\n" + view(metadata=b"(dS'neg'\nI01\ns") + b"s.", "negative view"),
     ],

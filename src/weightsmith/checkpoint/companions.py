@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from weightsmith.checkpoint.json_text import parse_object
+from weightsmith.checkpoint.storage import open_regular, read_whole
 from weightsmith.errors import CheckpointError, UnsafeFileError
 
 _TOKENIZER = re.compile(
@@ -20,6 +20,7 @@ _TOKENIZER = re.compile(
 )
 _CODE = (".py", ".pyc", ".so", ".sh", ".dll", ".dylib", ".exe")
 _LARGEST = 512_000_000
+_LARGEST_SETTINGS = 16_000_000
 
 
 def tokenizer_files(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -73,18 +74,15 @@ def _copy(source: Path, folder: Path, name: str) -> None:
     target = folder / relative
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Opened first and looked at then, so that what is copied is what was looked at; a pipe must not block.
-        with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
-            facts = os.fstat(opened.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise UnsafeFileError(f"{source} is no regular file, so it cannot be copied beside the weights")
+        handle, facts = open_regular(source)
+        with open(handle, "rb") as opened:
             if facts.st_size > _LARGEST:
                 raise CheckpointError(f"{source} has {facts.st_size:,} bytes; at most {_LARGEST:,} are copied")
             with open(target, "wb") as written:
                 shutil.copyfileobj(opened, written)
     except FileNotFoundError as error:
         raise CheckpointError(f"{source} was there when its model was opened, and is gone") from error
-    except (PermissionError, IsADirectoryError) as error:
+    except PermissionError as error:
         raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
 
 
@@ -96,12 +94,10 @@ def _put_template(folder: Path, template: str) -> list[str]:
     if not settings.exists():
         return []
     try:
-        content = json.loads(settings.read_bytes())
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
+        content = parse_object(read_whole(str(settings), _LARGEST_SETTINGS), settings.name)
+    except CheckpointError as error:
         # Everything else is written by now: not worth losing a finished merge.
-        return ["tokenizer_config.json is no JSON object, so the chat template is in chat_template.jinja alone"]
+        return [f"{error}, so the chat template is in chat_template.jinja alone"]
     # Readers from before the file of its own look here. Templates for other uses (tools, say) stay.
     content["chat_template"] = _replaced(content.get("chat_template"), template)
     settings.write_text(_json(content), "utf-8")

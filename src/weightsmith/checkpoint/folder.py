@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import re
 import shutil
@@ -14,11 +13,21 @@ from typing import Any
 
 from weightsmith.checkpoint import torch_pickle
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, Identity
+from weightsmith.checkpoint.json_text import parse_object
 from weightsmith.checkpoint.manifest import MANIFEST_FILE
 from weightsmith.checkpoint.safetensors import natural_order, read_header
-from weightsmith.checkpoint.storage import PICKLES, WEIGHT_FILES, is_url, join, list_folder, open_source
+from weightsmith.checkpoint.storage import (
+    PICKLES,
+    WEIGHT_FILES,
+    is_file_name,
+    is_url,
+    join,
+    list_folder,
+    open_source,
+    read_whole,
+)
 from weightsmith.checkpoint.tensor import Tensor
-from weightsmith.errors import CheckpointError, UnsafeFileError
+from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
 # Files of a training run that hold no model.
 _NOT_WEIGHTS = re.compile(
@@ -41,7 +50,8 @@ _NOT_COMPANIONS = {
     MANIFEST_FILE,
 }
 _TEMPLATES = "additional_chat_templates"
-_LARGEST_TEXT = 64_000_000
+_LARGEST_INDEX = 64_000_000
+_LARGEST_CONFIG = 16_000_000
 _LARGEST_COMPANION = 512_000_000
 
 Found = tuple[dict[str, Tensor], list[Identity]]
@@ -159,20 +169,20 @@ def _variant(file: str) -> str:
 
 
 def _read_indexed(path: str, index: str) -> Found:
-    mapping = _read_json(path, index).get("weight_map")
+    mapping = _read_json(path, index, _LARGEST_INDEX).get("weight_map")
     if not mapping or not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
         raise CheckpointError(f"{join(path, index)} is not an index: it has no weight_map from names to files")
     files = sorted(set(mapping.values()))
     for file in files:
-        if "/" in file or "\\" in file or file in ("", ".", ".."):
-            raise UnsafeFileError(f"{join(path, index)} names the file {file!r}, which is not in its folder")
+        if not is_file_name(file):
+            raise UnsafeFileError(f"{join(path, index)} names the file {shown(file)}, which is not in its folder")
     tensors, identities = _read_files(path, files)
     for name, file in mapping.items():
         if name not in tensors:
-            raise CheckpointError(f"{join(path, index)} says that {name} is in {file}, and it is not")
+            raise CheckpointError(f"{join(path, index)} says that {shown(name)} is in {file}, and it is not")
     extra = next((name for name in tensors if name not in mapping), None)
     if extra is not None:
-        raise CheckpointError(f"{join(path, index)} does not name {extra}, which is in one of its files")
+        raise CheckpointError(f"{join(path, index)} does not name {shown(extra)}, which is in one of its files")
     return tensors, identities
 
 
@@ -186,7 +196,7 @@ def _read_files(path: str, files: list[str]) -> Found:
         identities.append(identity)
         for name, tensor in found.items():
             if name in tensors:
-                raise CheckpointError(f"{path}: {name} is in both {homes[name]} and {file}")
+                raise CheckpointError(f"{path}: {shown(name)} is in both {homes[name]} and {file}")
             tensors[name], homes[name] = tensor, file
     return _ordered(tensors), identities
 
@@ -217,27 +227,17 @@ def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in sorted(tensors, key=natural_order)}
 
 
-def _read_json(path: str, file: str) -> dict[str, Any]:
+def _read_json(path: str, file: str, largest: int) -> dict[str, Any]:
     """Read a folder's JSON file that holds an object, here or behind a URL."""
     _check_inside(path, file)
     where = join(path, file)
-    source = open_source(where)
-    if source.size > _LARGEST_TEXT:
-        raise CheckpointError(f"{where} has {source.size:,} bytes; at most {_LARGEST_TEXT:,} are read")
-    try:
-        found = json.loads(bytes(source.read(0, source.size)).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON in UTF-8: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where} does not hold a JSON object")
-    return found
+    return parse_object(read_whole(where, largest), where)
 
 
 def _companions(path: str, entries: list[str], *, adapter: bool = False, with_config: bool = False) -> Companions:
     name = "adapter_config.json" if adapter else "config.json"
-    config: Mapping[str, Any] = {}
-    if name in entries and not with_config:
-        config = _read_json(path, name)
+    # A component's config is carried as it is, but what reads it on the way need not expect nonsense.
+    config: Mapping[str, Any] = _read_json(path, name, _LARGEST_CONFIG) if name in entries else {}
     files: dict[str, Path] = {}
     local = _local_copies(path)
     for entry in entries:
@@ -251,7 +251,7 @@ def _companions(path: str, entries: list[str], *, adapter: bool = False, with_co
         for entry in list_folder(folder):
             if entry.endswith(".jinja"):
                 _carry(files, folder, entry, f"{_TEMPLATES}/{entry}", local)
-    return Companions(config, files)
+    return Companions({} if with_config else config, files)
 
 
 def _carry(files: dict[str, Path], folder: str, entry: str, name: str, local: Callable[[str], Path]) -> None:

@@ -8,7 +8,6 @@ dtype, shape and byte range; the ranges cover the rest of the file without gap o
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from typing import Any
@@ -17,13 +16,17 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.checkpoint import Identity
+from weightsmith.checkpoint.description import is_count, problem_with_name, problem_with_shape
+from weightsmith.checkpoint.json_text import JsonReader
 from weightsmith.checkpoint.storage import Source
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
-from weightsmith.errors import CheckpointError
+from weightsmith.errors import CheckpointError, shown
 
 _LARGEST_HEADER = 100_000_000
-_LARGEST_SIZE = 2**63
+# Of one tensor's description, in characters: dtype, two offsets and 64 lengths take fewer.
+_LONGEST_ENTRY = 10_000
+_MOST_METADATA = 100_000
 # Known to the format, but packed below a byte: a range of elements is no range of bytes.
 _PACKED = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _METADATA = "__metadata__"
@@ -82,10 +85,8 @@ def read_header(source: Source) -> tuple[dict[str, StoredTensor], Identity]:
         CheckpointError: if anything about the header is not as the format demands.
     """
     content = _header_of(source)
-    header = _parse(bytes(content), source.path)
-    begin = 8 + len(content)
-    tensors = {name: _tensor(name, entry, source, begin) for name, entry in header.items() if name != _METADATA}
-    _check_cover(tensors, source, begin)
+    tensors, _ = _parse(content, source)
+    _check_cover(tensors, source, 8 + len(content))
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     return tensors, Identity(source.path, source.size, source.modified, digest)
 
@@ -96,10 +97,10 @@ def read_metadata(source: Source) -> dict[str, str]:
     Raises:
         CheckpointError: if the header is not as the format demands.
     """
-    return dict(_parse(bytes(_header_of(source)), source.path).get(_METADATA, {}))
+    return _parse(_header_of(source), source)[1]
 
 
-def _header_of(source: Source) -> bytearray | bytes:
+def _header_of(source: Source) -> bytes:
     if source.size < 8:
         raise CheckpointError(f"{source.path} has {source.size} bytes, too few for a safetensors file")
     length = int.from_bytes(source.read(0, 8), "little")
@@ -113,80 +114,88 @@ def _header_of(source: Source) -> bytearray | bytes:
             f"{source.path} claims a header of {length:,} bytes and has only {source.size - 8:,} after the "
             "first eight: it is cut short, or no safetensors file"
         )
-    return source.read(8, 8 + length)
+    return bytes(source.read(8, 8 + length))
 
 
-def _parse(content: bytes, path: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{path}: the header names {twice!r} twice")
-        return found
-
+def _parse(content: bytes, source: Source) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return a header's tensors and its metadata."""
+    path, begin = source.path, 8 + len(content)
     if not content.startswith(b"{"):
         raise CheckpointError(f"{path}: the header does not begin with '{{': it is no safetensors file")
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] | None = None
     try:
-        header = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+        header = JsonReader(content.decode("utf-8"))
+        for name in header.object_keys():
+            if name in tensors or (name == _METADATA and metadata is not None):
+                raise CheckpointError(f"{path}: the header names {shown(name)} twice")
+            if name == _METADATA:
+                metadata = _metadata(header, path)
+            else:
+                tensors[name] = _tensor(name, header.flat_object(_LONGEST_ENTRY), source, begin)
+        header.end()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: the header is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not JSON: {error}") from error
-    metadata = header.get(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: the header's {_METADATA} is not a map of texts")
-    return dict(header)
+    return tensors, metadata or {}
+
+
+def _metadata(header: JsonReader, path: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    try:
+        for key in header.object_keys():
+            if key in found:
+                raise CheckpointError(f"{path}: the header's {_METADATA} names {shown(key)} twice")
+            if len(found) == _MOST_METADATA:
+                raise CheckpointError(f"{path}: the header's {_METADATA} has more than {_MOST_METADATA:,} entries")
+            found[key] = header.text()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header's {_METADATA} is not a map of texts: {error}") from error
+    return found
 
 
 def _tensor(name: str, entry: Any, source: Source, begin: int) -> StoredTensor:
+    problem = problem_with_name(name)
+    if problem is not None:
+        raise _wrong(source, name, problem)
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
-        raise _wrong(source, name, "is not described by dtype, shape and data_offsets")
+        raise _wrong(source, name, "it is not described by dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = dtypes.from_code(code) if isinstance(code, str) else None
     if dtype is None:
-        if code in _PACKED:
-            raise _wrong(source, name, f"is {code}, packed below a byte, which is not supported")
-        raise _wrong(source, name, f"has the unknown dtype {code!r}")
-    if not isinstance(shape, list):
-        raise _wrong(source, name, f"has the shape {shape!r}; lengths are whole numbers from 0")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not (_is_count(offsets[0]) and _is_count(offsets[1])):
-        raise _wrong(source, name, f"has the data_offsets {offsets!r}; two whole numbers are needed")
-    size = dtype.itemsize
-    for length in shape:
-        if not _is_count(length):
-            raise _wrong(source, name, f"has the shape {shape!r}; lengths are whole numbers from 0")
-        size *= length
-        if size >= _LARGEST_SIZE:
-            raise _wrong(source, name, f"has the shape {shape!r}, larger than any file")
+        if isinstance(code, str) and code in _PACKED:
+            raise _wrong(source, name, f"it is {code}, packed below a byte, which is not supported")
+        raise _wrong(source, name, f"it has the unknown dtype {shown(code)}")
+    problem = problem_with_shape(shape, dtype) if isinstance(shape, list) else f"its shape is {shown(shape)}"
+    if problem is not None:
+        raise _wrong(source, name, problem)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not (is_count(offsets[0]) and is_count(offsets[1])):
+        raise _wrong(source, name, f"it has the data_offsets {shown(offsets)}; two whole numbers are needed")
+    size = dtype.itemsize * math.prod(shape)
     start, stop = offsets
     if stop - start != size:
         span = f"which takes {size:,} bytes, and its data_offsets span {stop - start:,}"
-        raise _wrong(source, name, f"is {code} {shape!r}, {span}")
+        raise _wrong(source, name, f"it is {code} {shape!r}, {span}")
     if begin + stop > source.size:
-        ends = f"ends at byte {begin + stop:,}, and the file at byte {source.size:,}"
+        ends = f"it ends at byte {begin + stop:,}, and the file at byte {source.size:,}"
         raise _wrong(source, name, f"{ends}: it is cut short")
     return StoredTensor(name, tuple(shape), dtype, source, begin + start)
 
 
 def _wrong(source: Source, name: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{source.path}: tensor {name!r} {what}")
-
-
-def _is_count(value: Any) -> bool:
-    # The type itself: JSON's true and false are no counts.
-    return type(value) is int and 0 <= value < _LARGEST_SIZE
+    return CheckpointError(f"{source.path}: tensor {shown(name)}: {what}")
 
 
 def _check_cover(tensors: dict[str, StoredTensor], source: Source, begin: int) -> None:
     """Check that the tensors fill the file: bytes that belong to none, or to two, hide something."""
     end = begin
-    previous = ""
+    previous: str | None = None
     for start, nbytes, name in sorted([(tensor.offset, tensor.nbytes, tensor.name) for tensor in tensors.values()]):
         if start != end:
             what = "overlap" if start < end else "leave a gap"
-            before = f"tensors {previous!r} and {name!r}" if previous else f"the start and {name!r}"
-            raise CheckpointError(f"{source.path}: {before} {what}: {end:,} and {start:,}")
+            before = "the start" if previous is None else f"tensor {shown(previous)}"
+            raise CheckpointError(f"{source.path}: {before} and {shown(name)} {what}: {end:,} and {start:,}")
         end += nbytes
         previous = name
     if end != source.size:

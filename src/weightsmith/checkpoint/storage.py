@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from weightsmith.errors import CheckpointError
+from weightsmith.errors import CheckpointError, UnsafeFileError
 
 # Endings of files that hold weights.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -105,8 +106,7 @@ class LocalSource(Source):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         try:
-            self._handle = _open(path)
-            status = os.fstat(self._handle)
+            self._handle, status = open_regular(path)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
         self.size = status.st_size
@@ -164,16 +164,53 @@ class LocalSource(Source):
             os.close(handle)
 
 
-def _open(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading."""
+def open_regular(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
+    """Open a file for reading.
+
+    Returns:
+        Its descriptor, and what it is. It is opened first and looked at then, so that what is read is what was
+        looked at.
+
+    Raises:
+        UnsafeFileError: if it is a pipe, a device or the like, which could be waited for or read for ever.
+        OSError: if there is no such file, or it cannot be opened.
+    """
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK, to open a pipe is to wait for someone who writes to it.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:
+        raise UnsafeFileError(f"{os.fspath(path)!r} cannot be the name of a file: {error}") from error
     except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UnsafeFileError(f"{path} is no regular file but a device or a socket") from error
         if error.errno != errno.EMFILE:
             raise
         # Checkpoints that nobody uses any more hold their files until the garbage collector finds them.
         gc.collect()
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise UnsafeFileError(f"{path} is no regular file but a {_kind(status.st_mode)}")
+    return handle, status
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def read_whole(path: str, largest: int) -> bytes:
+    """Read a small file, here or behind a URL.
+
+    Raises:
+        CheckpointError: if it cannot be read, or has more bytes than ``largest``.
+        UnsafeFileError: if it is no regular file.
+    """
+    source = open_source(path)
+    if source.size > largest:
+        raise CheckpointError(f"{path} has {source.size:,} bytes; at most {largest:,} are read")
+    return bytes(source.read(0, source.size))
 
 
 class RemoteSource(Source):
@@ -249,7 +286,10 @@ def open_source(path: str) -> Source:
 def list_folder(path: str) -> list[str]:
     """Return the names of the files and folders directly in a folder, or [] if it is not a folder; sorted."""
     if not is_url(path):
-        return sorted(os.listdir(path)) if os.path.isdir(path) else []
+        try:
+            return sorted(os.listdir(path)) if os.path.isdir(path) else []
+        except OSError as error:
+            raise CheckpointError(f"cannot list {path}: {error.strerror}") from error
     if path.endswith(WEIGHT_FILES):
         return []
     system, key = filesystem(path)
@@ -262,7 +302,20 @@ def list_folder(path: str) -> list[str]:
         return []
     except Exception as error:
         raise CheckpointError(f"cannot list {path}: {type(error).__name__}: {error}") from error
-    return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {key.rsplit("/", 1)[-1], ""})
+    names = {str(name).rstrip("/").rsplit("/", 1)[-1] for name in found} - {key.rsplit("/", 1)[-1], ""}
+    for name in names:
+        if not is_file_name(name):
+            raise UnsafeFileError(f"{path} lists {name!r}, which cannot be the name of a file in it")
+    return sorted(names)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a text names a file in a folder, and nothing else: no way out of it, no text that is no name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\\0")
 
 
 def join(folder: str, name: str) -> str:

@@ -6,10 +6,13 @@ import io
 import zipfile
 
 from weightsmith.checkpoint.storage import Source
-from weightsmith.errors import CheckpointError, UnsafeFileError
+from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
-_LARGEST_PICKLE = 256_000_000
-_MOST_MEMBERS = 500_000
+# Descriptions of some 150,000 tensors; a pickle takes up to a hundred times its length when it is run.
+_LARGEST_PICKLE = 32_000_000
+_MOST_MEMBERS = 200_000
+# Of the archive's directory, which zipfile reads at once: a file may claim terabytes that a disk holds as a hole.
+_LARGEST_READ = 24_000_000
 _LOCAL_HEADER = 30
 
 
@@ -34,7 +37,10 @@ def open_archive(source: Source) -> tuple[dict[str, tuple[int, int]], bytes]:
         )
     try:
         archive = zipfile.ZipFile(_Window(source))
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # zipfile raises what it likes: BadZipFile, struct.error, NotImplementedError, UnicodeDecodeError, …
         raise CheckpointError(f"{source.path} is a damaged zip file: {error}") from error
     entries = archive.infolist()
     if len(entries) > _MOST_MEMBERS:
@@ -65,7 +71,7 @@ def _check_members(entries: list[zipfile.ZipInfo], source: Source) -> None:
     """Refuse archives that torch does not write: compressed, encrypted or doubled members."""
     names = set()
     for entry in entries:
-        where = f"{source.path}: member {entry.filename!r}"
+        where = f"{source.path}: member {shown(entry.filename)}"
         if entry.flag_bits & 0x1:
             raise UnsafeFileError(f"{where} is encrypted")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
@@ -73,6 +79,8 @@ def _check_members(entries: list[zipfile.ZipInfo], source: Source) -> None:
         if entry.filename in names:
             raise UnsafeFileError(f"{where} is in the archive twice")
         names.add(entry.filename)
+        if entry.header_offset < 0:
+            raise UnsafeFileError(f"{where} begins before the file does")
         if entry.header_offset + _LOCAL_HEADER + entry.file_size > source.size:
             raise CheckpointError(f"{where} reaches beyond the end of the file: it is cut short")
 
@@ -82,7 +90,7 @@ def _check_apart(entries: list[zipfile.ZipInfo], places: dict[str, tuple[int, in
     end, before = 0, ""
     for entry in sorted(entries, key=lambda e: e.header_offset):
         if entry.header_offset < end:
-            raise UnsafeFileError(f"{source.path}: member {entry.filename!r} overlaps {before!r}")
+            raise UnsafeFileError(f"{source.path}: member {shown(entry.filename)} overlaps {shown(before)}")
         start, length = places[entry.filename]
         end, before = start + length, entry.filename
 
@@ -91,11 +99,11 @@ def _data_start(entry: zipfile.ZipInfo, source: Source) -> int:
     """Return where a member's bytes begin: its local header has name and padding of its own lengths."""
     header = bytes(source.read(entry.header_offset, entry.header_offset + _LOCAL_HEADER))
     if header[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{source.path}: member {entry.filename!r} is not where the archive says")
+        raise CheckpointError(f"{source.path}: member {shown(entry.filename)} is not where the archive says")
     name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     start = entry.header_offset + _LOCAL_HEADER + name + extra
     if start + entry.file_size > source.size:
-        raise CheckpointError(f"{source.path}: member {entry.filename!r} reaches beyond the end of the file")
+        raise CheckpointError(f"{source.path}: member {shown(entry.filename)} reaches beyond the end of the file")
     return start
 
 
@@ -129,5 +137,9 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         stop = self._source.size if size is None or size < 0 else min(self._position + size, self._source.size)
         start = min(self._position, stop)
+        if stop - start > _LARGEST_READ:
+            raise CheckpointError(
+                f"{self._source.path} claims a directory of {stop - start:,} bytes; at most {_LARGEST_READ:,} are read"
+            )
         self._position = stop
         return bytes(self._source.read(start, stop))

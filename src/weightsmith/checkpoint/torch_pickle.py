@@ -7,19 +7,21 @@ storage's bytes, uncompressed. Tensors are therefore ranges of the file, read wh
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from weightsmith.checkpoint.checkpoint import Identity
+from weightsmith.checkpoint.description import problem_with_name
 from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.safetensors import StoredTensor
 from weightsmith.checkpoint.storage import Source
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.checkpoint.torch_archive import open_archive
 from weightsmith.checkpoint.torch_unpickler import View, unpickle
-from weightsmith.errors import CheckpointError
+from weightsmith.errors import CheckpointError, shown
 
 # Where frameworks put the state dict among other things.
 _NESTS = (
@@ -33,6 +35,8 @@ _NESTS = (
     "net",
     "weights",
 )
+# A view may repeat its storage: what it then claims to hold is bounded by the file, or by this.
+_LARGEST_EXPANSION = 2**30
 # How many mappings are looked at: they may hold one another, and themselves.
 _MOST_MAPPINGS = 100
 
@@ -111,10 +115,13 @@ def _state_dict(loaded: Any, seen: set[int]) -> dict[str, View]:
 
 
 def _tensor(name: str, view: View, source: Source, members: Mapping[str, tuple[int, int]]) -> Tensor:
-    where = f"{source.path}: tensor {name!r}"
+    where = f"{source.path}: tensor {shown(name)}"
+    problem = problem_with_name(name)
+    if problem is not None:
+        raise CheckpointError(f"{where}: {problem}")
     place = members.get(view.storage.key)
     if place is None:
-        raise CheckpointError(f"{where} lies in the storage {view.storage.key!r}, which the file lacks")
+        raise CheckpointError(f"{where} lies in the storage {shown(view.storage.key)}, which the file lacks")
     start, length = place
     width = view.dtype.itemsize
     last = view.offset + _reach(view.shape, view.strides)
@@ -123,8 +130,14 @@ def _tensor(name: str, view: View, source: Source, members: Mapping[str, tuple[i
         raise CheckpointError(
             f"{where} reaches to byte {(last + 1) * width:,} of a storage of {length:,}: the file is damaged"
         )
-    if empty or view.strides == _contiguous(view.shape, view.strides):
+    if empty:
+        # Wherever it says it begins: there may be nothing, and no file reaches so far.
+        return StoredTensor(name, view.shape, view.dtype, source, start)
+    if view.strides == _contiguous(view.shape, view.strides):
         return StoredTensor(name, view.shape, view.dtype, source, start + view.offset * width)
+    nbytes = math.prod(view.shape) * width
+    if nbytes > max(source.size, _LARGEST_EXPANSION):
+        raise CheckpointError(f"{where} repeats its storage of {length:,} bytes to {nbytes:,}, more than the file has")
     storage = StoredTensor(name, (length // width,), view.dtype, source, start)
     return StridedTensor(name, view.shape, view.strides, storage, view.offset)
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from weightsmith import dtypes
+from weightsmith.checkpoint.description import is_count, problem_with_shape
 from weightsmith.dtypes import DType
-from weightsmith.errors import CheckpointError, UnsafeFileError
+from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
-_LARGEST_SIZE = 2**63
+# A tensor takes about forty. Some instructions of one byte make a hundred bytes of Python objects.
+_MOST_INSTRUCTIONS = 6_000_000
 
 _STORAGES = {
     "DoubleStorage": "F64",
@@ -137,7 +139,8 @@ def unpickle(content: bytes, path: str) -> Any:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:
-        raise CheckpointError(f"{path}: its pickle is damaged: {type(error).__name__}: {error}") from error
+        # What an error of Python says may quote the pickle, at any length.
+        raise CheckpointError(f"{path}: its pickle is damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 class _Unpickler(pickle._Unpickler):
@@ -149,6 +152,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, content: bytes, path: str) -> None:
         super().__init__(io.BytesIO(content))
         self.path = path
+        self.instructions = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of the few things that a file of weights may name."""
@@ -164,7 +168,7 @@ class _Unpickler(pickle._Unpickler):
             assert dtype is not None
             return _DTypeName(dtype)
         raise UnsafeFileError(
-            f"{self.path} asks for {module}.{name}, which no file of weights needs; it was not run. If you "
+            f"{self.path} asks for {module[:100]}.{name[:100]}, which no file of weights needs; it was not run. If you "
             "trust the file, load it with its own program and save the state dict alone, as safetensors"
         )
 
@@ -173,7 +177,7 @@ class _Unpickler(pickle._Unpickler):
         if not (isinstance(saved, tuple) and len(saved) == 5 and saved[0] == "storage"):
             raise UnsafeFileError(f"{self.path} holds a persistent object that is no storage, which torch never writes")
         _, kind, key, _, elements = saved
-        if not isinstance(kind, _StorageType) or not isinstance(key, str) or not _is_count(elements):
+        if not isinstance(kind, _StorageType) or not isinstance(key, str) or not is_count(elements):
             raise CheckpointError("a storage is not described as torch does it")
         return Storage(key, kind.dtype)
 
@@ -219,10 +223,20 @@ _OWN = {"BUILD": _leave_state, "EMPTY_DICT": _empty_mapping, "DICT": _full_mappi
 
 def _loader(instruction: pickletools.OpcodeInfo) -> Any:
     if instruction.name in _OWN:
-        return _OWN[instruction.name]
+        return _counted(_OWN[instruction.name])
     if instruction.name in _PLAIN:
-        return pickle._Unpickler.dispatch[ord(instruction.code)]
+        return _counted(pickle._Unpickler.dispatch[ord(instruction.code)])
     return _refusal(instruction.name)
+
+
+def _counted(load: Callable[[Any], None]) -> Callable[[_Unpickler], None]:
+    def run(unpickler: _Unpickler) -> None:
+        unpickler.instructions += 1
+        if unpickler.instructions > _MOST_INSTRUCTIONS:
+            raise CheckpointError(f"its pickle has more than {_MOST_INSTRUCTIONS:,} instructions")
+        load(unpickler)
+
+    return run
 
 
 _Unpickler.dispatch = {ord(instruction.code): _loader(instruction) for instruction in pickletools.opcodes}
@@ -256,20 +270,12 @@ def _view(storage: Storage, dtype: DType, offset: Any, shape: Any, strides: Any,
         # Conjugate and negative views: the elements lie in the file with the other sign.
         raise CheckpointError("a tensor is a conjugate or negative view; save it with resolve_conj() or resolve_neg()")
     shape, strides = tuple(shape), tuple(strides)
-    if len(shape) != len(strides) or not all(map(_is_count, (offset, *shape, *strides))):
-        raise CheckpointError(f"a tensor of shape {_shown(shape)} has the strides {_shown(strides)}")
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-        if size >= _LARGEST_SIZE:
-            raise CheckpointError(f"a tensor has the shape {_shown(shape)}, larger than any file")
+    if len(shape) != len(strides) or not all(map(is_count, (offset, *strides))):
+        raise CheckpointError(f"a tensor of shape {shown(shape)} has the strides {shown(strides)}")
+    problem = problem_with_shape(shape, dtype)
+    if problem is not None:
+        raise CheckpointError(f"a tensor cannot be: {problem}")
     return View(storage, dtype, offset, shape, strides)
-
-
-def _shown(values: Sequence[Any]) -> str:
-    """Write numbers, and of anything else its type: to write out nested data may take for ever."""
-    parts = [str(value) if _is_count(value) else type(value).__name__ for value in values[:8]]
-    return f"[{', '.join(parts)}{', …' if len(values) > 8 else ''}]"
 
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:
@@ -289,7 +295,3 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
     ("torch", "Size"): _size,
 }
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
