@@ -161,13 +161,13 @@ def test_what_is_not_plain_lora_is_refused(write_model, tmp_path, config, messag
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rank_pattern": {"(": 3}}, "'(' in rank_pattern, which is no pattern"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern in adapter_config.json: '(' is no pattern"),
         ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q'] as 'x', which is no number"),
         ({"alpha_pattern": [1]}, "alpha_pattern as [1], which is no map"),
         ({"r": "three"}, "r as 'three', which is no number"),
         ({"lora_alpha": None}, "lora_alpha as None"),
         ({"lora_alpha": float("nan")}, "lora_alpha as nan"),
-        ({"lora_alpha": 10**400}, "lora_alpha as 1000"),
+        ({"lora_alpha": 10**400}, "lora_alpha as a whole number of 1,329 bits"),
     ],
 )
 def test_a_config_that_says_nothing_sensible_is_refused(write_model, tmp_path, config, message):

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from weightsmith import dtypes
+from weightsmith.adapters.patterns import Patterns
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.tensor import Array, Tensor
-from weightsmith.errors import CheckpointError, PlanError, did_you_mean
+from weightsmith.errors import CheckpointError, PlanError, did_you_mean, shown
 from weightsmith.kernels.convert import narrow, widen
 
 _PREFIX = "base_model.model."
@@ -95,17 +95,17 @@ class _Settings:
 
     rank: float
     alpha: float
-    ranks: Mapping[str, float]
-    alphas: Mapping[str, float]
+    ranks: Patterns
+    alphas: Patterns
     stabilised: bool
     transposed: bool
 
     def scale(self, module: str, rank: int) -> float:
         """Return s for one module, whose factors have this rank."""
-        stated = _by_pattern(self.ranks, module, self.rank)
+        stated = self.ranks.value(module, self.rank)
         if stated != rank:
             raise CheckpointError(f"the adapter's config gives {module} rank {stated}, and its factors have {rank}")
-        alpha = _by_pattern(self.alphas, module, self.alpha)
+        alpha = self.alphas.value(module, self.alpha)
         return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
 
 
@@ -162,6 +162,7 @@ def _read_settings(adapter: Checkpoint) -> _Settings:
     if kind is None:
         raise CheckpointError(f"{adapter.name} is no adapter: it has no adapter_config.json with a peft_type")
     if kind != "LORA":
+        kind = kind[:40] if isinstance(kind, str) else shown(kind)
         raise CheckpointError(f"{adapter.name} is an adapter of the kind {kind}, which cannot be folded yet; LORA can")
     if config.get("use_dora"):
         raise CheckpointError(f"{adapter.name} uses DoRA, which cannot be folded yet; plain LoRA can")
@@ -182,23 +183,20 @@ def _read_settings(adapter: Checkpoint) -> _Settings:
 def _number(adapter: Checkpoint, key: str, value: Any) -> float:
     # Written so, NaN and whole numbers beyond a float's range are refused as well.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e18:
-        raise CheckpointError(f"{adapter.name}: adapter_config.json gives {key} as {value!r:.80}, which is no number")
+        raise CheckpointError(f"{adapter.name}: adapter_config.json gives {key} as {shown(value)}, which is no number")
     return value
 
 
-def _patterns(adapter: Checkpoint, key: str) -> dict[str, float]:
+def _patterns(adapter: Checkpoint, key: str) -> Patterns:
     patterns = adapter.config.get(key) or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"{adapter.name}: adapter_config.json gives {key} as {patterns!r:.80}, which is no map")
+        raise CheckpointError(f"{adapter.name}: adapter_config.json gives {key} as {shown(patterns)}, which is no map")
     for pattern, value in patterns.items():
-        _number(adapter, f"{key}[{pattern!r}]", value)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise CheckpointError(
-                f"{adapter.name}: adapter_config.json has {pattern!r} in {key}, which is no pattern: {error}"
-            ) from error
-    return patterns
+        _number(adapter, f"{key}[{shown(pattern)}]", value)
+    try:
+        return Patterns(patterns)
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapter.name}: {key} in adapter_config.json: {error}") from error
 
 
 def _factors(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor, bool]]:
@@ -253,11 +251,3 @@ def _check_shape(folded: FoldedTensor, down: Tensor, up: Tensor, adapter: Checkp
             f"{adapter.name}: factors of {list(up.shape)} and {list(down.shape)} do not fit {folded.name}, which is "
             f"{list(folded.shape)}"
         )
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Return the value of the first pattern that the module's name ends with, as PEFT matches them."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
