@@ -99,8 +99,8 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     config = checkpoint.config
     return Inspection(
         name=checkpoint.name,
-        model_type=str(config.get("model_type") or config.get("peft_type") or ""),
-        architectures=tuple(config.get("architectures") or ()),
+        model_type=_text(config.get("model_type")) or _text(config.get("peft_type")),
+        architectures=_texts(config.get("architectures")),
         is_adapter=checkpoint.is_adapter,
         tied=tied_embeddings(config),
         tensors=len(checkpoint),
@@ -114,6 +114,15 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         outside=_entries((name, checkpoint[name]) for name in checkpoint if architecture.locate(name) is None),
         all_tensors=_entries(checkpoint.items()),
     )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Return the texts in what a config should list as texts; it may hold anything."""
+    return tuple(entry for entry in value if isinstance(entry, str)) if isinstance(value, list) else ()
 
 
 def _stack(checkpoint: Checkpoint, architecture: Architecture, stack: Stack) -> StackFacts:

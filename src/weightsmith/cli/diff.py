@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightsmith.cli.terminal import printable
+
 if TYPE_CHECKING:
     from weightsmith.comparison import Comparison, Measures
 
@@ -38,19 +40,19 @@ def command(a: str, b: str, by: str, as_json: bool, threads: int | None, exit_co
 
 
 def _show(found: Comparison, by: str) -> None:
-    rows = found.layers if by == "layer" else found.tensors
-    width = max([len(name) for name in rows] + [5])
+    rows = [(printable(name), row) for name, row in (found.layers if by == "layer" else found.tensors).items()]
+    width = max([len(name) for name, _ in rows] + [5])
     click.echo(f"{by:{width}}  {'|B-A|':>10}  {'relative':>9}  {'cosine':>9}  {'equal':>7}  {'largest':>9}")
-    for name, row in rows.items():
+    for name, row in rows:
         click.echo(f"{name:{width}}  {_row(row)}")
     click.echo(f"{'all':{width}}  {_row(found.total)}")
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         for name in names:
-            click.echo(f"only in {side}: {name}")
+            click.echo(f"only in {side}: {printable(name)}")
     for name, (left, right) in found.shapes.items():
-        click.echo(f"shape differs: {name} is {list(left)} in A and {list(right)} in B")
+        click.echo(f"shape differs: {printable(name)} is {list(left)} in A and {list(right)} in B")
     for name, kinds in found.dtypes.items():
-        click.echo(f"dtype differs: {name} is {kinds[0]} in A and {kinds[1]} in B")
+        click.echo(f"dtype differs: {printable(name)} is {kinds[0]} in A and {kinds[1]} in B")
 
 
 def _row(row: Measures) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
@@ -31,32 +32,33 @@ def command(model: str, tensors: bool, as_json: bool) -> None:
 
 def _show(found: Inspection, *, tensors: bool) -> None:
     kind = "adapter" if found.is_adapter else "model"
-    click.echo(f"{kind:12}{', '.join(found.architectures) or found.model_type or 'of unknown architecture'}")
+    about = ", ".join(found.architectures) or found.model_type or "of unknown architecture"
+    click.echo(f"{kind:12}{printable(about)}")
     click.echo(f"tensors     {found.tensors:,}, {found.parameters:,} parameters, {size(found.nbytes)}")
     for dtype, (count, nbytes) in found.dtypes.items():
         click.echo(f"dtype       {dtype}: {count:,} tensors, {size(nbytes)}")
     for file, nbytes in found.files.items():
-        click.echo(f"file        {file}: {size(nbytes)}")
+        click.echo(f"file        {printable(file)}: {size(nbytes)}")
     if found.companions:
-        click.echo(f"beside      {', '.join(found.companions)}")
+        click.echo(f"beside      {printable(', '.join(found.companions))}")
     if found.tied:
         click.echo("tied        the head is the embedding (tie_word_embeddings)")
     for stack in found.stacks:
         click.echo()
-        click.echo(f"{stack.prefix or '(numbered)'}: {stack.layers} layers, {stack.parameters:,} parameters")
+        click.echo(f"{printable(stack.prefix) or '(numbered)'}: {stack.layers} layers, {stack.parameters:,} parameters")
         for group in stack.groups:
             click.echo(f"  layers {_ranges(group.layers)}, {group.parameters:,} parameters each:")
             for entry in group.tensors:
-                click.echo(f"    {entry.name}  {_shape(entry.shape)} {entry.dtype}")
+                click.echo(f"    {printable(entry.name)}  {_shape(entry.shape)} {entry.dtype}")
     if found.outside:
         click.echo()
         click.echo("outside layers:")
         for entry in found.outside:
-            click.echo(f"  {entry.name}  {_shape(entry.shape)} {entry.dtype}")
+            click.echo(f"  {printable(entry.name)}  {_shape(entry.shape)} {entry.dtype}")
     if tensors:
         click.echo()
         for entry in found.all_tensors:
-            click.echo(f"{entry.name}  {_shape(entry.shape)} {entry.dtype}  {entry.nbytes:,} B")
+            click.echo(f"{printable(entry.name)}  {_shape(entry.shape)} {entry.dtype}  {entry.nbytes:,} B")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from weightsmith import __version__
+from weightsmith.cli.terminal import printable
 from weightsmith.errors import Interrupted, WeightsmithError, did_you_mean
 
 # Verb -> what it does, in one line.
@@ -85,5 +86,6 @@ def main(arguments: list[str] | None = None) -> None:
     except WeightsmithError as error:
         if debug:
             raise
-        print(f"error: {error}" if not isinstance(error, Interrupted) else str(error), file=sys.stderr)
+        told = printable(str(error))
+        print(told if isinstance(error, Interrupted) else f"error: {told}", file=sys.stderr)
         sys.exit(130 if isinstance(error, Interrupted) else 1)

@@ -11,6 +11,7 @@ import click
 
 from weightsmith.cli.plan import show_plan
 from weightsmith.cli.recipes import memory_option, read_recipe, recipe_options, shard_option
+from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
@@ -150,4 +151,4 @@ def _report(summary: Summary, json_log: bool) -> None:
 
 
 def _say(as_json: bool, text: str, **entry: Any) -> None:
-    click.echo(json.dumps({**entry, "text": text}) if as_json else text, err=True)
+    click.echo(json.dumps({**entry, "text": text}) if as_json else printable(text), err=True)

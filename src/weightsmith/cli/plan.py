@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsmith.cli.recipes import memory_option, read_recipe, recipe_options, shard_option
+from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
@@ -63,16 +64,16 @@ def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: b
     workers = f"{count} thread{'s' if count > 1 else ''}"
     click.echo(f"memory      about {size(content['peak_memory'])} at most, with {workers}")
     for shard in content["shards"]:
-        click.echo(f"shard       {shard['file']}: {shard['tensors']:,} tensors, {size(shard['nbytes'])}")
+        click.echo(f"shard       {printable(shard['file'])}: {shard['tensors']:,} tensors, {size(shard['nbytes'])}")
     for warning in content["warnings"]:
-        click.echo(f"warning     {warning}")
+        click.echo(f"warning     {printable(warning)}")
 
 
 def _show_tensor(entry: dict[str, Any]) -> None:
     shape = "x".join(map(str, entry["shape"])) or "scalar"
-    click.echo(f"{entry['name']}  {shape} {entry['dtype']}  {entry['method'] or 'carried'}")
+    click.echo(f"{printable(entry['name'])}  {shape} {entry['dtype']}  {entry['method'] or 'carried'}")
     for source in entry["inputs"]:
-        click.echo(f"    from {source['model']}: {source['tensor']}")
+        click.echo(f"    from {printable(source['model'])}: {printable(source['tensor'])}")
     given = {name: value for name, value in entry["parameters"].items() if value is not None}
     if given:
         click.echo("    " + ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items()))

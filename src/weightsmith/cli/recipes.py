@@ -120,12 +120,12 @@ def read_recipe(
 
 
 def _pair(text: str, option: str) -> tuple[str, Any]:
-    import yaml
+    from weightsmith.recipe.yaml_text import parse_value
 
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise click.UsageError(f"{option} {text!r}: write NAME=VALUE")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return name, parse_value(value)
+    except ValueError as error:
         raise RecipeError(f"{option} {text!r}: the value is not YAML") from error

@@ -8,17 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from weightsmith.errors import RecipeError, did_you_mean
-from weightsmith.recipe import problems
+from weightsmith.errors import RecipeError, did_you_mean, shown
+from weightsmith.recipe import problems, yaml_text
 from weightsmith.recipe.schema import Merge, Recipe
+from weightsmith.recipe.yaml_text import LARGEST
 
-_LARGEST = 1_000_000
-_DEEPEST = 40
-# Nodes after aliases are expanded: a recipe of a thousand lines has a few thousand.
-_MOST_NODES = 200_000
+_MOST_INCLUDES = 100
+# How many steps may rest one on the other.
+_LONGEST_CHAIN = 40
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -34,12 +33,16 @@ def load_recipe(source: str | os.PathLike[str], variables: Mapping[str, Any] | N
             names the file, the place and what was expected.
     """
     text, origin, folder = _read(source)
-    documents = [_complete(document, origin, folder, variables) for document in _parse(text, origin)]
+    reading = _Reading(origin, folder, len(text))
+    documents = [_complete(document, reading, variables) for document in yaml_text.parse(text, origin)]
     if not documents:
         raise RecipeError(f"{origin} is empty; a recipe needs merge_method and models")
     main, steps = _divide(documents, origin)
     if steps:
-        main = {**main, "steps": {**steps, **(main.get("steps") or {})}}
+        own = main.get("steps") or {}
+        if not isinstance(own, dict):
+            raise RecipeError(f"{origin}: steps must be a mapping of keys, and is {shown(own)}")
+        main = {**main, "steps": {**steps, **own}}
     recipe = validate(main, origin)
     _check_steps(recipe, origin)
     return recipe
@@ -47,112 +50,95 @@ def load_recipe(source: str | os.PathLike[str], variables: Mapping[str, Any] | N
 
 def _read(source: str | os.PathLike[str]) -> tuple[str, str, Path | None]:
     if isinstance(source, str) and ("\n" in source or ": " in source):
-        if len(source) > _LARGEST:
-            raise RecipeError(f"the recipe has {len(source):,} characters; at most {_LARGEST:,} are read")
+        if len(source) > LARGEST:
+            raise RecipeError(f"the recipe has {len(source):,} characters; at most {LARGEST:,} are read")
         return source, "the recipe", None
     path = Path(source)
     try:
-        if path.stat().st_size > _LARGEST:
-            raise RecipeError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {_LARGEST:,}")
-        return path.read_text("utf-8"), str(path), path.parent
+        # Whatever its length is said to be: it may be a pipe that another program writes to.
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise RecipeError(f"{path} has more than {LARGEST:,} bytes, and a recipe has at most so many")
+        return content.decode("utf-8"), str(path), path.parent
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not a text in UTF-8") from error
+    except ValueError as error:
+        raise RecipeError(f"{shown(os.fspath(source))} cannot be the name of a recipe: {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, where plain YAML would silently take the last."""
+class _Reading:
+    """What one recipe and the files that it includes have taken so far.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, refusing duplicate keys."""
-        seen = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
-            name = self.construct_object(key, deep=True)
-            if not isinstance(name, str | int | float | bool):
-                raise RecipeError(f"line {key.start_mark.line + 1}: {name!r} cannot be a key")
-            if name in seen:
-                raise RecipeError(f"line {key.start_mark.line + 1}: the key {name!r} is given twice")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    Attributes:
+        origin: the recipe, as errors name it.
+        root: its folder, or None where it is no file.
+    """
 
+    def __init__(self, origin: str, root: Path | None, letters: int) -> None:
+        self.origin = origin
+        self.root = root
+        self._letters = letters
+        self._includes = 0
 
-def _parse(text: str, origin: str) -> list[dict[str, Any]]:
-    try:
-        found = []
-        for node in yaml.compose_all(text, _Loader):
-            _bound(node, origin)
-        for document in yaml.load_all(text, _Loader):
-            if document is None:
-                continue
-            if not isinstance(document, dict):
-                raise RecipeError(f"{origin}: a recipe is a mapping of keys, and this is a {_kind(document)}")
-            found.append(document)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(f"{origin}{line}: not YAML: {problem}") from error
-    except RecipeError as error:
-        text = str(error)
-        raise (error if text.startswith(origin) else RecipeError(f"{origin}, {text}")) from None
-    except (RecursionError, ValueError) as error:
-        raise RecipeError(f"{origin}: not YAML that a recipe may hold: {error}") from error
-    return found
+    def include(self, name: Any, folder: Path | None) -> Path:
+        """Return the file that a name stands for in an included file's folder."""
+        if folder is None or self.root is None:
+            raise RecipeError(f"{self.origin}: include works in recipes that are files")
+        if not isinstance(name, str):
+            raise RecipeError(f"{self.origin}: include: {shown(name)} is not the name of a file")
+        self._includes += 1
+        if self._includes > _MOST_INCLUDES:
+            raise RecipeError(f"{self.origin} includes more than {_MOST_INCLUDES} files, one in another counted")
+        try:
+            path = (folder / name).resolve()
+            inside = path.is_relative_to(self.root.resolve())
+            regular = path.is_file() or not path.exists()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(f"{self.origin}: include: {shown(name)} cannot be the name of a file: {error}") from error
+        if not inside:
+            raise RecipeError(f"{self.origin}: include: {shown(name)} lies outside the recipe's folder")
+        if not regular:
+            raise RecipeError(f"{self.origin}: include: {shown(name)} is no regular file")
+        return path
 
-
-def _bound(root: yaml.Node | None, origin: str) -> None:
-    """Refuse nesting and aliases that would grow without bound when expanded."""
-    nodes = 0
-    stack = [(root, 0)]
-    while stack:
-        node, depth = stack.pop()
-        nodes += 1
-        if depth > _DEEPEST:
-            raise RecipeError(f"{origin} is nested more than {_DEEPEST} levels deep")
-        if nodes > _MOST_NODES:
-            raise RecipeError(f"{origin} has more than {_MOST_NODES:,} entries, aliases counted")
-        if isinstance(node, yaml.SequenceNode):
-            stack += [(child, depth + 1) for child in node.value]
-        elif isinstance(node, yaml.MappingNode):
-            stack += [(child, depth + 1) for pair in node.value for child in pair]
+    def take(self, letters: int) -> None:
+        """Count letters that includes or variables add."""
+        self._letters += letters
+        if self._letters > 2 * LARGEST:
+            raise RecipeError(f"{self.origin} has more than {2 * LARGEST:,} letters, includes and variables counted")
 
 
-def _complete(
-    document: dict[str, Any], origin: str, folder: Path | None, given: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _complete(document: dict[str, Any], reading: _Reading, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Resolve includes, then variables."""
-    merged = _include(document, origin, folder, folder, ())
+    merged = _include(document, reading, reading.root, ())
     own = merged.pop("variables", None) or {}
     if not isinstance(own, dict):
-        raise RecipeError(f"{origin}: variables is a mapping of names to values")
-    variables = {**own, **(given or {})}
-    return {key: _substitute(value, variables, f"{origin}: {key}") for key, value in merged.items()}
+        raise RecipeError(f"{reading.origin}: variables is a mapping of names to values")
+    variables = _Variables({**own, **(given or {})}, reading)
+    return {key: variables.substitute(value, f"{reading.origin}: {key}") for key, value in merged.items()}
 
 
 def _include(
-    document: dict[str, Any], origin: str, folder: Path | None, root: Path | None, chain: tuple[Path, ...]
+    document: dict[str, Any], reading: _Reading, folder: Path | None, chain: tuple[Path, ...]
 ) -> dict[str, Any]:
     own = dict(document)
     names = own.pop("include", None)
     if names is None:
         return own
     base: dict[str, Any] = {}
-    for name in [names] if isinstance(names, str) else names:
-        if folder is None or root is None:
-            raise RecipeError(f"{origin}: include works in recipes that are files")
-        path = (folder / str(name)).resolve()
-        if not isinstance(name, str) or not path.is_relative_to(root.resolve()):
-            raise RecipeError(f"{origin}: include: {name!r} lies outside the recipe's folder")
+    for name in names if isinstance(names, list) else [names]:
+        path = reading.include(name, folder)
         if path in chain:
-            raise RecipeError(f"{origin}: {name} includes itself")
+            raise RecipeError(f"{reading.origin}: {name} includes itself")
         text, where, inner = _read(path)
-        documents = _parse(text, where)
+        reading.take(len(text))
+        documents = yaml_text.parse(text, where)
         if len(documents) != 1:
             raise RecipeError(f"{where} has {len(documents)} documents; an included file has one")
-        base = _overlay(base, _include(documents[0], where, inner, root, (*chain, path)))
+        base = _overlay(base, _include(documents[0], reading, inner, (*chain, path)))
     return _overlay(base, own)
 
 
@@ -166,22 +152,36 @@ def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _substitute(value: Any, variables: Mapping[str, Any], where: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _substitute(entry, variables, f"{where}.{key}") for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_substitute(entry, variables, f"{where}[{i}]") for i, entry in enumerate(value)]
-    if not isinstance(value, str):
-        return value
+class _Variables:
+    """Puts values in the place of ``${name}``."""
 
-    def look_up(match: re.Match[str]) -> Any:
+    def __init__(self, values: Mapping[str, Any], reading: _Reading) -> None:
+        self._values = values
+        self._reading = reading
+        self._lengths: dict[str, int] = {}
+
+    def substitute(self, value: Any, where: str) -> Any:
+        """Return a value of the recipe with its variables replaced; one that is the whole text keeps its type."""
+        if isinstance(value, dict):
+            return {key: self.substitute(entry, f"{where}.{key}"[:200]) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self.substitute(entry, f"{where}[{i}]"[:200]) for i, entry in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        whole = _VARIABLE.fullmatch(value)
+        if whole:
+            return self._look_up(whole, where)
+        return _VARIABLE.sub(lambda match: str(self._look_up(match, where)), value)
+
+    def _look_up(self, match: re.Match[str], where: str) -> Any:
         name = match[1]
-        if name not in variables:
-            raise RecipeError(f"{where}: there is no variable {name!r}{did_you_mean(name, variables)}")
-        return variables[name]
-
-    whole = _VARIABLE.fullmatch(value)
-    return look_up(whole) if whole else _VARIABLE.sub(lambda match: str(look_up(match)), value)
+        if name not in self._values:
+            known = [one for one in self._values if isinstance(one, str)]
+            raise RecipeError(f"{where}: there is no variable {shown(name)}{did_you_mean(name, known)}")
+        if name not in self._lengths:
+            self._lengths[name] = len(str(self._values[name]))
+        self._reading.take(self._lengths[name])
+        return self._values[name]
 
 
 def _divide(documents: list[dict[str, Any]], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -199,7 +199,7 @@ def _divide(documents: list[dict[str, Any]], origin: str) -> tuple[dict[str, Any
             continue
         name = str(document["name"])
         if name in steps or name == main.get("name"):
-            raise RecipeError(f"{origin} has two documents named {name!r}")
+            raise RecipeError(f"{origin} has two documents named {shown(name)}")
         steps[name] = {key: value for key, value in document.items() if key != "name"}
     return main, steps
 
@@ -247,6 +247,8 @@ def _check_steps(recipe: Recipe, origin: str) -> None:
             raise RecipeError(f"{origin}: the steps go in a circle: {circle}")
         if name in done:
             return
+        if len(chain) > _LONGEST_CHAIN:
+            raise RecipeError(f"{origin}: more than {_LONGEST_CHAIN} steps rest one on the other")
         for reference in references(recipe.steps[name]):
             if reference in recipe.steps:
                 visit(reference, (*chain, name))
@@ -254,7 +256,3 @@ def _check_steps(recipe: Recipe, origin: str) -> None:
 
     for name in recipe.steps:
         visit(name, ())
-
-
-def _kind(value: Any) -> str:
-    return "list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__

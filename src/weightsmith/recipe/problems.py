@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from weightsmith.errors import did_you_mean
+from weightsmith.errors import did_you_mean, shown
 from weightsmith.recipe import schema
 
 _SHOWN = 3
@@ -44,13 +44,9 @@ def _most_telling(entries: Iterable[Any]) -> list[Any]:
         known = chosen.get(place)
         if known is None or (known["type"] != "extra_forbidden" and entry["type"] == "extra_forbidden"):
             chosen[place] = entry
-    places = list(chosen)
-    return [
-        entry
-        for place, entry in chosen.items()
-        # A value that fits no form of a union is reported for each form: keep the innermost.
-        if not any(other != place and other[: len(place)] == place for other in places)
-    ]
+    # A value that fits no form of a union is reported for each form: keep the innermost.
+    outer = {place[:length] for place in chosen for length in range(len(place))}
+    return [entry for place, entry in chosen.items() if place not in outer]
 
 
 def _place(location: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -74,7 +70,7 @@ def _sentence(entry: Any) -> str:
         where = _text(place[:-1])
         known = _keys_at(place[:-1])
         prefix = f"{where}: " if where else ""
-        return f"{prefix}unknown key {key!r}{did_you_mean(key, known)}; known are {', '.join(known)}"
+        return f"{prefix}unknown key {shown(key)}{did_you_mean(key, known)}; known are {', '.join(known)}"
     where = _text(place)
     prefix = f"{where} " if where else ""
     found = entry.get("input")
@@ -82,11 +78,11 @@ def _sentence(entry: Any) -> str:
         return f"{where}: {entry['ctx']['error']}" if where else str(entry["ctx"]["error"])
     if kind == "literal_error":
         allowed = entry["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{prefix}is {found!r}{did_you_mean(str(found), allowed)}; it takes one of {', '.join(allowed)}"
+        return f"{prefix}is {shown(found)}{did_you_mean(str(found), allowed)}; it takes one of {', '.join(allowed)}"
     if kind in _EXPECTED:
-        seen = "" if kind == "missing" else f", and is {_short(found)}"
+        seen = "" if kind == "missing" else f", and is {shown(found)}"
         return f"{prefix}{_EXPECTED[kind]}{seen}"
-    return f"{prefix}is {_short(found)}: {entry['msg'][:1].lower()}{entry['msg'][1:]}"
+    return f"{prefix}is {shown(found)}: {entry['msg'][:1].lower()}{entry['msg'][1:]}"
 
 
 def _text(place: tuple[Any, ...]) -> str:
@@ -94,11 +90,6 @@ def _text(place: tuple[Any, ...]) -> str:
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _HOLDERS: dict[str, type[BaseModel]] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoint.json_text import parse_object
+from weightsmith.checkpoint.storage import read_whole
 from weightsmith.errors import CheckpointError, PlanError, did_you_mean
 
 _LARGEST = 16_000_000
@@ -94,11 +95,8 @@ def read_template(files: Mapping[str, Path]) -> str | None:
     """
     jinja = files.get("chat_template.jinja")
     if jinja is not None:
-        content = _content(jinja)
-        if content is None:
-            raise CheckpointError(f"{jinja} is no chat template: it has more than {_LARGEST:,} bytes")
         try:
-            return content.decode("utf-8")
+            return read_whole(str(jinja), _LARGEST).decode("utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{jinja} is no chat template: it is not a text in UTF-8") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -106,20 +104,18 @@ def read_template(files: Mapping[str, Path]) -> str | None:
             template = _json(files[name]).get("chat_template")
             if isinstance(template, list):
                 # A tokenizer with several named templates: the default one.
-                named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-                template = named.get("default")
+                template = next((entry.get("template") for entry in template if _is_default(entry)), None)
             if isinstance(template, str):
                 return template
     return None
 
 
+def _is_default(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("name") == "default"
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_content(path) or b"{}")
-    except (ValueError, RecursionError):
+        return parse_object(read_whole(str(path), _LARGEST), str(path))
+    except CheckpointError:
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.stat().st_size <= _LARGEST else None

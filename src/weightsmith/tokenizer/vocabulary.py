@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoint.storage import read_whole
 from weightsmith.errors import CheckpointError
 
-_LARGEST = 200_000_000
+# The largest vocabularies that there are take 35 MB.
+_LARGEST = 100_000_000
 
 
 def read_vocabulary(files: Mapping[str, Path]) -> dict[str, int] | None:
@@ -27,14 +29,13 @@ def read_vocabulary(files: Mapping[str, Path]) -> dict[str, int] | None:
     path = files.get("tokenizer.json")
     if path is None:
         return None
-    if path.stat().st_size > _LARGEST:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {_LARGEST:,} are read")
+    text = read_whole(str(path), _LARGEST)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
         found = _vocabulary(content["model"].get("vocab") or {})
         found |= {entry["content"]: int(entry["id"]) for entry in content.get("added_tokens") or []}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from error
+        raise CheckpointError(f"{path} is not a tokenizer of the tokenizers library: {repr(error)[:200]}") from error
     return found
 
 
