@@ -10,6 +10,7 @@ alone, which most configs hold, are looked up: there may be thousands, for thous
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -24,14 +25,15 @@ _MOST_STEPS = 10_000_000
 _DEEPEST = 40
 _MOST_REPEATS = 1_000
 _NAME = re.compile(r"[\w.-]+")
-# fmt: off
+_TIMES = r"\{(?=[0-9,]+\})[0-9]*(?:,[0-9]*)?\}"
+# A class may begin with its own end; what Python warns of in one (``[[``, ``&&``) may mean more some day.
+_CLASS = r"\[\^?+\]?+(?!-|[^\]]*(?:--|&&|\|\||~~))(?:\\.|[^\]\\\[])*+\]"
 _TOKEN = re.compile(
     r"(?P<open>\((?:\?:|(?!\?)))|(?P<close>\))|(?P<bar>\|)|(?P<anchor>[\^$])"
-    r"|(?P<repeat>(?:[*+?]|\{(?=[0-9,]+\})[0-9]*(?:,[0-9]*)?\})\??(?![*+?]))"
-    r"|(?P<letter>\[\^?\]?(?:\\.|[^\]\\])*\]|\\(?:[dwsDWS]|[^0-9A-Za-z])|[^\\*+?()|^$\[])",
+    rf"|(?P<repeat>(?:[*+?]|{_TIMES})\??+(?![*+?]))"
+    rf"|(?P<letter>{_CLASS}|\\(?:[dwsDWS]|[^0-9A-Za-z])|(?!{_TIMES})[^\\*+?()|^$\[])",
     re.DOTALL,
 )
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ class _Parser:
 
     def __init__(self, pattern: str) -> None:
         try:
-            re.compile(pattern)
+            with warnings.catch_warnings():
+                # Python may mean more by [[ and && some day; such classes are refused below.
+                warnings.simplefilter("ignore")
+                re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise CheckpointError(f"{shown(pattern)} is no pattern: {error}") from error
         self._pattern = pattern

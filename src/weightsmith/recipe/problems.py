@@ -66,9 +66,10 @@ def _sentence(entry: Any) -> str:
     place = _place(entry["loc"])
     kind = entry["type"]
     if kind == "extra_forbidden":
-        key = str(place[-1])
-        where = _text(place[:-1])
-        known = _keys_at(place[:-1])
+        # Taken from the location: a key may look like the name of a union's form.
+        key, place = str(entry["loc"][-1]), _place(entry["loc"][:-1])
+        where = _text(place)
+        known = _keys_at(place)
         prefix = f"{where}: " if where else ""
         return f"{prefix}unknown key {shown(key)}{did_you_mean(key, known)}; known are {', '.join(known)}"
     where = _text(place)
