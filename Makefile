@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types unit docs coverage benchmark clean
+.PHONY: quickstart test lint types unit docs coverage benchmark fuzz clean
 
 # The core alone: what a person who merges models needs.
 $(VENV)/.core: requirements/core.txt pyproject.toml hatch_build.py $(wildcard src/weightsmith/kernels/native/*.c)
@@ -25,8 +25,8 @@ quickstart: $(VENV)/.core
 test: lint types unit
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check hatch_build.py src tests benchmarks examples
-	$(BIN)/ruff format --check hatch_build.py src tests benchmarks examples
+	$(BIN)/ruff check hatch_build.py src tests benchmarks examples fuzz
+	$(BIN)/ruff format --check hatch_build.py src tests benchmarks examples fuzz
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -41,5 +41,15 @@ docs: $(VENV)/.dev
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
 
+# Ten million inputs, most of an hour on one core. One target alone: python fuzz/run.py recipe --executions 500000
+fuzz: $(VENV)/.core
+	$(BIN)/pip install --quiet atheris
+	$(BIN)/python fuzz/run.py safetensors --executions 5000000
+	$(BIN)/python fuzz/run.py adapter --executions 1500000
+	$(BIN)/python fuzz/run.py companions --executions 1500000
+	$(BIN)/python fuzz/run.py torch --executions 1500000
+	$(BIN)/python fuzz/run.py index --executions 1200000
+	$(BIN)/python fuzz/run.py recipe --executions 500000
+
 clean:
-	rm -rf $(VENV) site out quickstart .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site out quickstart .mypy_cache .pytest_cache .ruff_cache .hypothesis fuzz/corpus fuzz/found

@@ -12,7 +12,7 @@ from fuzz.target import Mutator
 _PIECE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\w.+-]+|[ \t]+|.', re.DOTALL)
 # What readers stumble over, in any text.
 _AWKWARD = (
-    b"0 1 -1 1.5 1e400 NaN Infinity true null {} [] [[]] \"\" ~ 9223372036854775808 18446744073709551616 .. ../x /etc/x"
+    b'0 1 -1 1.5 1e400 NaN Infinity true null {} [] [[]] "" ~ 9223372036854775808 18446744073709551616 .. ../x /etc/x'
 ).split()
 _AWKWARD += [b'"\\ud800"', b'"\\u0000"', b"\xff", b"\xe2\x80\xae", b"\n", b" ", b"[" * 40, b'{"a":' * 40, b"9" * 50]
 

@@ -18,7 +18,7 @@ from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError, PlanError
 
 _WORDS = b'"peft_type" "LORA" "r" "lora_alpha" "rank_pattern" "alpha_pattern" "q" "layers.0.q" "use_rslora" 2 4 { } : ,'
-_WORDS += b' ( ) (?: | * + ? {2} {,3} {1,2} \\. \\d \\w [a-c] [^.] ^ $ a b . .*'
+_WORDS += b" ( ) (?: | * + ? {2} {,3} {1,2} \\. \\d \\w [a-c] [^.] ^ $ a b . .*"
 _BASE = Checkpoint("base", {"m.0.q.weight": ArrayTensor("m.0.q.weight", np.ones((4, 3), np.float32))})
 _FACTORS = {"m.0.q.lora_A.weight": np.ones((2, 3), np.float32), "m.0.q.lora_B.weight": np.ones((4, 2), np.float32)}
 

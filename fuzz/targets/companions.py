@@ -24,7 +24,9 @@ from weightsmith.tokenizer.vocabulary import read_vocabulary
 
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja")
 _WORDS = b'"model_type" "llama" "architectures" "num_hidden_layers" 3 "layer_types" "text_config" "auto_map" "dtype"'
-_WORDS += b' "model" "vocab" "added_tokens" "content" "id" "chat_template" "name" "default" "template" [1,2,3] { } [ ] : ,'
+_WORDS += (
+    b' "model" "vocab" "added_tokens" "content" "id" "chat_template" "name" "default" "template" [1,2,3] { } [ ] : ,'
+)
 _WORDS += b' "first_k_dense_replace" "num_nextn_predict_layers" "max_window_layers" "sliding_window_pattern"'
 _NAMES = ("model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)))
 
@@ -69,9 +71,22 @@ def _folder() -> Path:
 
 def seeds() -> Sequence[bytes]:
     """One good file of each kind, and configs of several layouts."""
-    model = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "torch_dtype": "bfloat16"}
-    parts = {"text_config": {**model, "layer_types": ["a", "b", "c"], "max_window_layers": 2}, "tie_word_embeddings": True}
-    ends = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "first_k_dense_replace": 1, "mlp_only_layers": [0, 2]}
+    model = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 3,
+        "torch_dtype": "bfloat16",
+    }
+    parts = {
+        "text_config": {**model, "layer_types": ["a", "b", "c"], "max_window_layers": 2},
+        "tie_word_embeddings": True,
+    }
+    ends = {
+        "num_hidden_layers": 2,
+        "num_nextn_predict_layers": 1,
+        "first_k_dense_replace": 1,
+        "mlp_only_layers": [0, 2],
+    }
     settings = {"chat_template": [{"name": "default", "template": "x"}, {"name": "tools", "template": "y"}]}
     tokens = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<x>", "id": 2}]}
     unigram = {"model": {"vocab": [["a", -1.5], ["b", -2]]}}

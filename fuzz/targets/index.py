@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fuzz.mutate import text_mutator
 from fuzz.target import Defect, Target, scratch_folder
-from weightsmith.checkpoint import folder as reader
+from weightsmith.checkpoint import storage
+from weightsmith.checkpoint.folder import open_weights
 from weightsmith.errors import CheckpointError
 
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -23,14 +24,19 @@ def run(content: bytes) -> None:
     folder = _folder()
     (folder / "model.safetensors.index.json").write_bytes(content[1:])
     opened: list[str] = []
-    real_open = reader.open_source
-    reader.open_source = lambda path: opened.append(path) or real_open(path)  # type: ignore[func-returns-value]
+    really_open = storage.open_regular
+
+    def watch(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
+        opened.append(os.fspath(path))
+        return really_open(path)
+
+    storage.open_regular = watch
     try:
-        found = reader.open_weights(str(folder), "fuzzed")
+        found = open_weights(str(folder), "fuzzed")
     except CheckpointError:
         found = None
     finally:
-        reader.open_source = real_open
+        storage.open_regular = really_open
     for path in opened:
         if os.path.dirname(os.path.realpath(path)) != str(folder):
             raise Defect(f"{path!r} was opened")

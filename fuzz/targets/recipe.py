@@ -58,15 +58,21 @@ def seeds() -> Sequence[bytes]:
     """Recipes of every form, and some that would grow."""
     linear = b"merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 0.3}}\n- {model: b@c+d}\n"
     slices = b"slices:\n- sources: [{model: o, layer_range: [0, 4]}, {model: t, layer_range: [0, 4]}]\n"
-    slices += b"  parameters: {t: [{filter: mlp, value: [0, 1]}, {scope: {layers: [0, 2], names: '*q*'}, value: 0.5}]}\n"
+    slices += (
+        b"  parameters: {t: [{filter: mlp, value: [0, 1]}, {scope: {layers: [0, 2], names: '*q*'}, value: 0.5}]}\n"
+    )
     slices += b"merge_method: slerp\nbase_model: {model: {path: o, revision: main}, lora: l}\ndtype: bfloat16\n"
     modules = b"merge_method: linear\nmodules: {text: {models: [{model: a, prefix: m.}]}}\ntokenizer: {source: base,"
     modules += b" tokens: {<x>: {source: {kind: zero}, force: true}}}\nchat_template: auto\nseed: 3\n"
     steps = b"steps: {s: {merge_method: m, models: [{model: x}]}}\nvariables: {v: [1, 2]}\n"
-    steps += b"merge_method: ties\nbase_model: s\nmodels: [{model: s, parameters: {w: '${v}'}}]\n---\nname: n\n" + linear
+    steps += (
+        b"merge_method: ties\nbase_model: s\nmodels: [{model: s, parameters: {w: '${v}'}}]\n---\nname: n\n" + linear
+    )
     laughs = b"a: &a [1, 1, 1]\nb: &b [*a, *a, *a]\nc: {<<: {x: *b}, y: 0x1f, z: 1:30:00.5, d: 2001-01-01}\n"
     odd = b"a: !!set {b, c}\nd: !!omap [e: 1]\nf: !!binary aGk=\ng: !!timestamp 2001-01-01\nh: !!float .inf\n"
-    includes = b"include: [one.yaml]\n" + linear + _CUT + b"include: two.yaml\nvariables: {v: 1}" + _CUT + b"dtype: float16"
+    includes = (
+        b"include: [one.yaml]\n" + linear + _CUT + b"include: two.yaml\nvariables: {v: 1}" + _CUT + b"dtype: float16"
+    )
     return [*(b"\0" + t for t in (linear, slices, modules, steps, laughs, odd)), b"\1" + includes]
 
 

@@ -46,7 +46,8 @@ def seeds() -> Sequence[bytes]:
         "empty": {"dtype": "F64", "shape": [0, 3], "data_offsets": [16, 16]},
     }
     scalar = {"s": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}}
-    texts = [json.dumps(header).encode() for header in (one, two, scalar, {}, {"__metadata__": {}})]
+    headers: list[dict[str, object]] = [{**one}, {**two}, {**scalar}, {}, {"__metadata__": {}}]
+    texts = [json.dumps(header).encode() for header in headers]
     wrapped = [bytes([kind]) + text for kind, text in zip((1, 2, 1, 4, 1), texts, strict=True)]
     whole = [b"\0" + len(text).to_bytes(8, "little") + text + bytes(8) for text in texts[:1]]
     claims = [b"\0" + length.to_bytes(8, "little") + b"{}" for length in (2**62, 99_000_000, 2, 0)]

@@ -17,13 +17,17 @@ from weightsmith.errors import CheckpointError
 _STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\x10tQ"
 _EMPTY = b"ccollections\nOrderedDict\n)R"
 _VIEW = b"ctorch._utils\n_rebuild_tensor_v2\n(" + _STORAGE + b"K\0K\4K\4\x86K\4K\1\x86\x89" + _EMPTY + b"tR"
+_GLOBALS = b"torch float32,torch Size,torch FloatStorage,torch.storage UntypedStorage,posix system,builtins getattr"
+_GLOBALS += b",torch._utils _rebuild_parameter,torch._utils _rebuild_tensor_v3,collections OrderedDict"
+# Whole objects, calls of the table's functions and of others, and instructions with awkward arguments.
 _WORDS = (
-    _STORAGE, _EMPTY, _VIEW, b"K\0", b"K\4", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"(", b")", b"t",
-    b"R", b"b", b"s", b"u", b"}", b"]", b"2", b"0", b"q\0", b"h\0", b"\x94", b"\x86", b"\x85", b"N", b"\x88", b"e", b"a",
-    b"ctorch\nfloat32\n", b"ctorch\nSize\n", b"ctorch._utils\n_rebuild_parameter\n", b"ctorch.storage\nUntypedStorage\n",
-    b"ctorch._utils\n_rebuild_tensor_v3\n", b"cposix\nsystem\n", b"cbuiltins\ngetattr\n", b"\x93", b"\x8c\5model", b"\x81",
-    b"X\1\0\0\0a", b"X\3\0\0\0\xed\xa0\x80", b"G\x7f\xf0\0\0\0\0\0\0", b"r\xff\xff\xff\xff", b"j\xff\xff\xff\xff",
-)  # fmt: skip
+    *(_STORAGE, _EMPTY, _VIEW),
+    *(b"c" + name.replace(b" ", b"\n") + b"\n" for name in _GLOBALS.split(b",")),
+    *(bytes([instruction]) for instruction in b"()tRbsu}]20Nea\x81\x85\x86\x88\x93\x94"),
+    *(b"K\0", b"K\4", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"G\x7f\xf0\0\0\0\0\0\0"),
+    *(b"q\0", b"h\0", b"r\xff\xff\xff\xff", b"j\xff\xff\xff\xff"),
+    *(b"\x8c\5model", b"X\1\0\0\0a", b"X\3\0\0\0\xed\xa0\x80"),
+)
 _pickle_mutator = pickle_mutator(_WORDS)
 
 

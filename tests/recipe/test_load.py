@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import string
+import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -128,6 +132,98 @@ def test_aliases_that_multiply_are_refused():
         text += f"{name}: &{name} [" + ",".join([f"*{'abcdefg'[i]}"] * 10) + "]\n"
     with pytest.raises(RecipeError, match="aliases counted"):
         load_recipe(text)
+
+
+GROWING = {
+    "letters that multiply": "a: &a " + "x" * 500_000 + "\nb: [*a, *a, *a]\n",
+    "entries without end": "x: [" + "1," * 400_000 + "1]\n",
+    "nesting without end": "x: " + "[" * 400_000 + "\n",
+    "documents without end": "---\n" * 200_000,
+    "a circle": "a: &a [*a]\n",
+    "merges that multiply": "a: &a {x: 1}\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [*{chr(97 + i)}, *{chr(97 + i)}]}}\n" for i in range(20)
+    ),
+    "a number in hexadecimal": "x: 0x" + "f" * 900_000 + "\n",
+    "a number in base sixty": "x: 1" + ":0" * 400_000 + "\n",
+    "a text of variables": "variables: {v: " + "x" * 300_000 + "}\nmerge_method: '" + "${v}" * 100_000 + "'\n",
+    "lists of variables": "variables: {v: [" + "1," * 20_000 + "1]}\nmodels: [" + "'${v}'," * 20_000 + "]\n",
+    "wrong entries": LINEAR + "parameters: {w: [" + "{}," * 15_000 + "{}]}\n",
+    "unknown keys": LINEAR + "".join(f"k{i}: 1\n" for i in range(20_000)),
+    "a very long key": LINEAR + "k" * 900 + ": 1\n",
+    "more than is read": LINEAR + "#" * 1_000_000,
+    "steps in a row": "steps:\n" + "".join(
+        f"  s{i}: {{merge_method: m, models: [{{model: s{i + 1}}}]}}\n" for i in range(100)
+    ) + LINEAR,
+}  # fmt: skip
+
+
+LOAD_ALL = """
+import json, resource, sys, time
+from weightsmith.errors import RecipeError
+from weightsmith.recipe.load import load_recipe
+texts = json.load(sys.stdin)
+ours = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (ours + 150_000_000,) * 2)
+for name, text in texts.items():
+    began = time.monotonic()
+    try:
+        load_recipe(text)
+    except RecipeError as error:
+        assert len(str(error)) < 2000, name
+    else:
+        raise AssertionError(name)
+    assert time.monotonic() - began < 15, name
+"""
+
+
+def test_recipes_that_would_grow_are_refused_in_seconds_and_little_memory():
+    """A text of a megabyte takes PyYAML's scanner a second; what it may ask for beyond is bounded."""
+    done = subprocess.run([sys.executable, "-c", LOAD_ALL], input=json.dumps(GROWING), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("include: 3\n", "3 is not the name of a file"),
+        ('include: "a\\0b"\n', "cannot be the name of a file"),
+        ("include: pipe\n", "no regular file"),
+        ("include: link.yaml\n", "outside the recipe's folder"),
+        ("include: [twice.yaml, twice.yaml]\n", "more than 100 files"),
+        ("x: !!timestamp abc\n", "not YAML that a recipe may hold"),
+        ("x: !!bool abc\n", "not YAML that a recipe may hold"),
+        ("x: !!int ''\n", "not YAML that a recipe may hold"),
+        ("x: !!set [1]\n", "not YAML that a recipe may hold"),
+        ("x: 2001-99-99\n", "not YAML that a recipe may hold"),
+        ("a [: 1\n" + LINEAR, r"unknown key 'a \['"),
+        (LINEAR + "steps: [1]\n---\nname: x\n" + LINEAR, "steps must be a mapping"),
+    ],
+)
+def test_files_and_values_that_are_none_are_refused(tmp_path, text, message):
+    (tmp_path / "outside.yaml").write_text("dtype: float16\n")
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "link.yaml").symlink_to(tmp_path / "outside.yaml")
+    # Each includes the next twice: a thousand million in thirty small files.
+    (folder / "twice.yaml").write_text("include: [t0.yaml, t0.yaml]\n")
+    for i in range(30):
+        (folder / f"t{i}.yaml").write_text(f"include: [t{i + 1}.yaml, t{i + 1}.yaml]\n")
+    (folder / "t30.yaml").write_text("dtype: float16\n")
+    (folder / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(folder / "r.yaml")
+
+
+def test_a_recipe_can_come_through_a_pipe_but_not_for_ever(tmp_path):
+    """As ``weightsmith merge <(program) OUT`` gives it."""
+    script = "import sys\nfrom weightsmith.recipe.load import load_recipe\nprint(load_recipe(sys.argv[1]).merge_method)"
+    command = f"{sys.executable} -c '{script}' <(cat {tmp_path / 'r.yaml'})"
+    (tmp_path / "r.yaml").write_text(LINEAR)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "linear\n"
+    with pytest.raises(RecipeError, match="more than 1,000,000 bytes"):
+        load_recipe("/dev/zero")
 
 
 def test_documents_with_names_become_steps_in_any_order():

@@ -8,7 +8,7 @@ import zipfile
 from weightsmith.checkpoint.storage import Source
 from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
-# Descriptions of some 150,000 tensors; a pickle takes up to a hundred times its length when it is run.
+# A tensor takes about 120 bytes.
 _LARGEST_PICKLE = 32_000_000
 _MOST_MEMBERS = 200_000
 # Of the archive's directory, which zipfile reads at once: a file may claim terabytes that a disk holds as a hole.

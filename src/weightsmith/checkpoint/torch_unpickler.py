@@ -20,8 +20,8 @@ from weightsmith.checkpoint.description import is_count, problem_with_shape
 from weightsmith.dtypes import DType
 from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
-# A tensor takes about forty. Some instructions of one byte make a hundred bytes of Python objects.
-_MOST_INSTRUCTIONS = 6_000_000
+# A tensor takes about thirty. Some instructions of one byte make a hundred bytes of Python objects.
+_MOST_INSTRUCTIONS = 4_000_000
 
 _STORAGES = {
     "DoubleStorage": "F64",
