@@ -66,6 +66,15 @@ def test_code_is_never_copied_and_said_to_be_missing(folders):
     assert "auto_map" in notes[0]
 
 
+def test_a_tokenizer_that_names_code_is_carried_and_said(folders):
+    source, out = folders
+    text = '{"auto_map": {"AutoTokenizer": ["tokenization_x.X", null]}}'
+    notes = write_companions(out, {}, put(source, "tokenizer_config.json", text))
+    assert (out / "tokenizer_config.json").read_text() == text
+    assert notes[0].startswith("tokenizer_config.json names code")
+    assert write_companions(out, {}, put(source, "preprocessor_config.json", "[" * 100_000)) == []
+
+
 @pytest.mark.parametrize(
     "name", ["../evil.json", "{folder}/evil.json", "a/../../evil.json", "..\\evil.json", "", "a\0.json"]
 )

@@ -10,6 +10,7 @@ import pytest
 
 import weightsmith as ws
 from conftest import llama_tensors, read_safetensors, write_safetensors
+from weightsmith.checkpoint import storage
 from weightsmith.checkpoint.safetensors import natural_order
 from weightsmith.errors import CheckpointError, UnsafeFileError
 
@@ -43,6 +44,9 @@ def test_shards_are_read_by_their_index_or_without(tmp_path):
         ({"a": GOOD["a"], "b": GOOD["a"]}, CheckpointError, "says that 'b' is in model-00001"),
         ({"a": "../a.safetensors"}, UnsafeFileError, "not in its folder"),
         ({"a": "/etc/passwd"}, UnsafeFileError, "not in its folder"),
+        ({"a": "a\0b"}, UnsafeFileError, "not in its folder"),
+        ({"a": "\ud800"}, CheckpointError, "not JSON in UTF-8"),
+        ({"a": "..\\a.safetensors"}, UnsafeFileError, "not in its folder"),
         ({"a": "missing.safetensors"}, CheckpointError, "missing.safetensors"),
         ({"a": 3}, CheckpointError, "not an index"),
         ({}, CheckpointError, "not an index"),
@@ -74,6 +78,19 @@ def test_a_link_out_of_the_folder_is_refused_but_for_the_hubs_cache(tmp_path):
     write_safetensors(blobs / "abc", ONE)
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
     assert set(ws.open(snapshot)) == {"a"}
+
+
+@pytest.mark.parametrize("name", ["..", "a\\b", "a\0b"])
+def test_a_server_cannot_list_what_lies_outside_its_folder(monkeypatch, name):
+    """Such a name would become a folder of the output: a pipeline's components keep theirs."""
+
+    class System:
+        def ls(self, key, detail):
+            return [f"{key}/model_index.json", f"{key}/{name}"]
+
+    monkeypatch.setattr(storage, "filesystem", lambda url: (System(), "bucket/model"))
+    with pytest.raises(UnsafeFileError, match="cannot be the name of a file in it"):
+        ws.open("s3://bucket/model")
 
 
 def test_a_pipeline_in_the_hubs_cache_is_opened(tmp_path):

@@ -134,6 +134,15 @@ ATTACKS = {
         b"\x80\x04\x8c\x0bcollections\x8c\x1eOrderedDict.__init__.__class__\x93.",
         "OrderedDict.__init__",
     ),
+    "a chain of getattr": (
+        b"cbuiltins\ngetattr\n(cbuiltins\ngetattr\n(c__builtin__\nobject\nS'__class__'\ntRS'mro'\ntR.",
+        r"asks for builtins\.getattr",
+    ),
+    "REDUCE on a builtin, behind a good tensor": (
+        b"(dS'a'\nccollections\nOrderedDict\n(tRsS'b'\nc__builtin__\nmap\n(c__builtin__\nlen\n(ltRs.",
+        r"asks for (__builtin__|builtins)\.map",
+    ),
+    "a name of a megabyte": (b"cposix\n" + b"x" * 1_000_000 + b"\n.", r"asks for posix\.x{100}, which"),
     "torch's own loader": (b"ctorch\nload\n.", r"torch\.load"),
     "numpy": (b"cnumpy.core.multiarray\n_reconstruct\n.", "numpy.core.multiarray"),
 }
@@ -187,6 +196,28 @@ def test_a_damaged_description_is_refused(content, message, tmp_path):
 def test_compressed_members_are_refused_unread(tmp_path):
     path = archive(tmp_path / "m.pt", storage(), compression=zipfile.ZIP_DEFLATED, data=bytes(10_000_000))
     with pytest.raises(UnsafeFileError, match="is compressed"):
+        ws.open(path)
+
+
+def test_encrypted_members_are_refused(tmp_path):
+    path = archive(tmp_path / "m.pt", storage())
+    content = bytearray(path.read_bytes())
+    entry = content.find(b"PK\x01\x02")
+    content[entry + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(UnsafeFileError, match=r"data\.pkl' is encrypted"):
+        ws.open(path)
+
+
+def test_a_member_before_the_start_of_the_file_is_refused(tmp_path):
+    """The end of the archive says that its directory lies further on than it does, so every place moves back."""
+    path = archive(tmp_path / "m.pt", storage())
+    content = bytearray(path.read_bytes())
+    end = content.rfind(b"PK\x05\x06")
+    offset = int.from_bytes(content[end + 16 : end + 20], "little") + 50
+    content[end + 16 : end + 20] = offset.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="begins before|damaged"):
         ws.open(path)
 
 

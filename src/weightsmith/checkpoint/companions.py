@@ -54,17 +54,32 @@ def write_companions(
     notes = []
     if config:
         (folder / "config.json").write_text(_json(config), "utf-8")
-        if config.get("auto_map"):
-            notes.append(
-                "config.json names code of its model in auto_map; code is never copied, so the result loads only "
-                "where that code is at hand"
-            )
+        notes += _note_on_code("config.json", config)
     for name, source in files.items():
         if not name.lower().endswith(_CODE):
             _copy(source, folder, name)
+        if name.endswith("config.json"):
+            notes += _note_on_code(name, _settings(folder / name))
     if chat_template is not None:
         notes += _put_template(folder, chat_template)
     return notes
+
+
+def _note_on_code(name: str, content: Mapping[str, Any]) -> list[str]:
+    if not content.get("auto_map"):
+        return []
+    return [
+        f"{name} names code of its model in auto_map; code is never copied, so the result loads only where that code "
+        "is at hand"
+    ]
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    """Read a file that was copied as it is; what it holds is for others to judge, and may be anything."""
+    try:
+        return parse_object(read_whole(str(path), _LARGEST_SETTINGS), path.name)
+    except CheckpointError:
+        return {}
 
 
 def _copy(source: Path, folder: Path, name: str) -> None:
