@@ -81,8 +81,10 @@ def seeds() -> Sequence[bytes]:
     untyped = b"(X\7\0\0\0storagectorch.storage\nUntypedStorage\nX\1\0\0\x000X\3\0\0\0cpuK\x40tQ"
     third = b"\x80\2}X\1\0\0\0actorch._utils\n_rebuild_tensor_v3\n(" + untyped
     third += b"K\0K\2\x85K\1\x85\x89" + _EMPTY + b"ctorch\nbfloat16\ntRs."
+    turned = one.replace(b"K\4K\1\x86\x89", b"K\1K\4\x86\x89")
+    repeated = one.replace(b"K\4K\1\x86\x89", b"K\0K\1\x86\x89")
     attacks = [pickle.dumps(Attack(), protocol) for protocol in (0, 2, 4)]
-    pickles = [one, nested, third, *attacks, b"\x80\2" + b"]" * 500 + b"."]
+    pickles = [one, nested, third, turned, repeated, *attacks, b"\x80\2" + b"]" * 500 + b"."]
     return [*(b"\1" + content for content in pickles), *(b"\0" + _archive(content) for content in (one, nested, third))]
 
 
