@@ -23,7 +23,7 @@ from weightsmith.checkpoint.manifest import (
     steps,
 )
 from weightsmith.checkpoint.safetensors import StoredTensor, read_header, read_metadata
-from weightsmith.checkpoint.storage import LocalSource
+from weightsmith.checkpoint.storage import LocalSource, check_inside, read_whole
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import CheckpointError, WeightsmithError
@@ -206,6 +206,7 @@ class _Verifying:
     def _open(self, file: str) -> dict[str, StoredTensor]:
         """Check the header of a file of weights, and return those of its tensors that can be compared."""
         try:
+            check_inside(str(self.folder), file)
             source = LocalSource(self.folder / file)
             found, _ = read_header(source)
         except CheckpointError as error:
@@ -274,8 +275,11 @@ class _Verifying:
             if file in weights:
                 continue
             try:
+                check_inside(str(self.folder), file)
                 if hash_file(self.folder / file) != digest:
                     self._say(file, None, "its content is not what was written")
+            except CheckpointError as error:
+                self._say(file, None, _without_path(error, self.folder / file))
             except OSError as error:
                 self._say(file, None, f"it cannot be read: {error.strerror}")
         known = {*self.manifest.files, *weights, MANIFEST_FILE}
@@ -311,11 +315,7 @@ def _manifest_of(root: Path) -> Manifest:
 
 def _text_of(file: Path) -> str:
     try:
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, too many for a manifest")
-        return file.read_text("ascii").rstrip("\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+        return read_whole(str(file), _LARGEST_MANIFEST).decode("ascii").rstrip("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{file}: the manifest is not as it was written: byte {error.start} is no ASCII"

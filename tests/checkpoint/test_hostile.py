@@ -16,7 +16,9 @@ import pytest
 
 import weightsmith as ws
 from conftest import llama_tensors, read_safetensors, write_safetensors
+from weightsmith.checkpoint import manifest
 from weightsmith.errors import CheckpointError, UnsafeFileError, WeightsmithError
+from weightsmith.verification import reproduce, verify
 
 MB = 1_000_000
 # Opens a model with at most so much memory beyond what the imports took, and tells peak growth, time and outcome.
@@ -271,7 +273,7 @@ def test_any_text_can_be_a_tensors_name_and_comes_back(tmp_path):
     found = read_safetensors(tmp_path / "out")
     assert {name: values[0] for name, values in found.items()} == {name: number for number, name in enumerate(ODD)}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
-        "a.safetensors", "model.safetensors", "README.md", "weightsmith.yaml",
+        "a.safetensors", "model.safetensors", "README.md", "weightsmith.yaml", "weightsmith.json",
     }  # fmt: skip
 
 
@@ -297,3 +299,59 @@ def test_a_tokenizer_or_template_that_is_replaced_by_a_pipe_is_not_waited_for(tm
         os.mkfifo(tmp_path / name)
         with pytest.raises(WeightsmithError, match="a pipe"):
             (read_vocabulary if name == "tokenizer.json" else read_template)({name: tmp_path / name})
+
+
+@pytest.fixture
+def resealed(write_model, tmp_path):
+    """Return a function that writes an output whose manifest says something else, under a seal that fits."""
+
+    def write(change):
+        folder = write_model("m", llama_tensors(0))
+        ws.average([folder, folder]).save(tmp_path / "out")
+        path = tmp_path / "out" / manifest.MANIFEST_FILE
+        content = json.loads(path.read_text())
+        change(content)
+        text = json.dumps({**content, "seal": manifest.UNKNOWN}, separators=(",", ":"))
+        seal = f'"seal":"{manifest.hash_of(text.encode())}"'
+        path.write_text(text.replace(f'"seal":"{manifest.UNKNOWN}"', seal))
+        return tmp_path / "out"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"].update({"../m/config.json": "0" * 32}), "not in its folder"),
+        (lambda m: m["files"].update({"/etc/hostname": "0" * 32}), "not in its folder"),
+        (lambda m: m["tensors"]["lm_head.weight"].update(file="../m/model.safetensors"), "not in its folder"),
+        (lambda m: m["tensors"]["lm_head.weight"].update(file=3), "a text or a number is none"),
+        (lambda m: m["tensors"]["lm_head.weight"].update(shape="ab"), "a text or a number is none"),
+        (lambda m: m.update(recipe="/etc/hostname"), "the recipe is no recipe"),
+        (lambda m: m.update(shard_size=-1), "below what it can be"),
+        (lambda m: m.update(tensors=[]), "not a manifest"),
+    ],
+)
+def test_a_manifest_that_somebody_made_leads_nowhere(resealed, change, message):
+    out = resealed(change)
+    for check in (verify, reproduce):
+        with pytest.raises(CheckpointError, match=message):
+            check(out)
+
+
+def test_files_that_a_manifest_names_are_not_waited_for_nor_followed_out(resealed, tmp_path):
+    def change(content):
+        content["files"] |= {"pipe": "0" * 32, "zeros.json": "0" * 32, "far.json": "0" * 32}
+
+    out = resealed(change)
+    os.mkfifo(out / "pipe")
+    (out / "zeros.json").symlink_to("/dev/zero")
+    (out / "far.json").symlink_to(tmp_path / "m" / "config.json")
+    found = {problem.file: problem.text for problem in verify(out).problems}
+    assert "a pipe" in found["pipe"]
+    assert "link out of its folder" in found["zeros.json"]
+    assert "link out of its folder" in found["far.json"]
+    (out / manifest.MANIFEST_FILE).unlink()
+    os.mkfifo(out / manifest.MANIFEST_FILE)
+    with pytest.raises(CheckpointError, match="a pipe"):
+        verify(out)

@@ -19,6 +19,7 @@ from weightsmith.checkpoint.safetensors import natural_order, read_header
 from weightsmith.checkpoint.storage import (
     PICKLES,
     WEIGHT_FILES,
+    check_inside,
     is_file_name,
     is_url,
     join,
@@ -101,7 +102,7 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
         inner = list_folder(folder)
         if not inner:
             continue
-        _check_inside(path, entry)
+        check_inside(path, entry)
         own = _companions(folder, inner, with_config=True)
         files |= {f"{entry}/{key}": file for key, file in own.files.items()}
         if any(is_weights(file) for file in inner):
@@ -191,7 +192,7 @@ def _read_files(path: str, files: list[str]) -> Found:
     homes: dict[str, str] = {}
     identities = []
     for file in files:
-        _check_inside(path, file)
+        check_inside(path, file)
         found, identity = _read_file(join(path, file))
         identities.append(identity)
         for name, tensor in found.items():
@@ -199,21 +200,6 @@ def _read_files(path: str, files: list[str]) -> Found:
                 raise CheckpointError(f"{path}: {shown(name)} is in both {homes[name]} and {file}")
             tensors[name], homes[name] = tensor, file
     return _ordered(tensors), identities
-
-
-def _check_inside(path: str, file: str) -> None:
-    """Refuse a link out of the folder, unless it is the hub cache's own: snapshots link to blobs beside them."""
-    if is_url(path):
-        return
-    real = Path(os.path.realpath(os.path.join(path, file)))
-    folder = Path(os.path.realpath(path))
-    if real.is_relative_to(folder):
-        return
-    # models--org--name/snapshots/COMMIT, and a pipeline's components in it, link to models--org--name/blobs.
-    for snapshot in (folder, *folder.parents):
-        if snapshot.parent.name == "snapshots" and real.is_relative_to(snapshot.parent.parent / "blobs"):
-            return
-    raise UnsafeFileError(f"{os.path.join(path, file)} is a link out of its folder, to {real}")
 
 
 def _read_file(path: str) -> tuple[Mapping[str, Tensor], Identity]:
@@ -229,7 +215,7 @@ def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_json(path: str, file: str, largest: int) -> dict[str, Any]:
     """Read a folder's JSON file that holds an object, here or behind a URL."""
-    _check_inside(path, file)
+    check_inside(path, file)
     where = join(path, file)
     return parse_object(read_whole(where, largest), where)
 
@@ -245,7 +231,7 @@ def _companions(path: str, entries: list[str], *, adapter: bool = False, with_co
         if not skip and _COMPANION.match(entry) and not _WEIGHT_INDEX.search(entry):
             _carry(files, path, entry, entry, local)
     if _TEMPLATES in entries:
-        _check_inside(path, _TEMPLATES)
+        check_inside(path, _TEMPLATES)
         folder = join(path, _TEMPLATES)
         local = _local_copies(folder)
         for entry in list_folder(folder):
@@ -255,7 +241,7 @@ def _companions(path: str, entries: list[str], *, adapter: bool = False, with_co
 
 
 def _carry(files: dict[str, Path], folder: str, entry: str, name: str, local: Callable[[str], Path]) -> None:
-    _check_inside(folder, entry)
+    check_inside(folder, entry)
     file = local(entry)
     if file.is_file() and file.stat().st_size <= _LARGEST_COMPANION:
         files[name] = file

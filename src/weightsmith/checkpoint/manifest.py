@@ -20,7 +20,8 @@ from typing import Any
 import xxhash
 
 from weightsmith.checkpoint.checkpoint import Identity
-from weightsmith.errors import CheckpointError
+from weightsmith.checkpoint.storage import is_file_name, open_regular
+from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
 MANIFEST_FILE = "weightsmith.json"
 MANIFEST_KEY = "weightsmith"
@@ -130,7 +131,7 @@ def read_manifest(text: str, where: str) -> Manifest:
             raise CheckpointError(f"{where}: a manifest of format {content['format']!r}; this version reads {FORMAT}")
         if hash_of(text.replace(_SEAL + seal, _SEAL + UNKNOWN, 1).encode()) != seal:
             raise CheckpointError(f"{where}: the manifest is not as it was written: its own hash does not fit")
-        return Manifest(
+        manifest = Manifest(
             version=content["weightsmith"],
             arithmetic=content["arithmetic"],
             recipe=content["recipe"],
@@ -143,10 +144,38 @@ def read_manifest(text: str, where: str) -> Manifest:
             },
             files=content["files"],
         )
+        _check(manifest)
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not a manifest of weightsmith: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{where}: not a manifest of weightsmith: {reason}") from error
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse what no merge writes: a seal keeps accidents out, not somebody who writes a manifest of their own."""
+    texts = [
+        manifest.version,
+        manifest.arithmetic,
+        manifest.recipe,
+        *manifest.contents.values(),
+        *manifest.files.values(),
+    ]
+    texts += [text for entry in manifest.tensors.values() for text in (entry.dtype, entry.file, entry.digest.hash)]
+    texts += [text for one in manifest.inputs for text in (one.path, one.header)]
+    numbers = [manifest.shard_size, *(number for one in manifest.inputs for number in (one.size, one.modified))]
+    numbers += [number for entry in manifest.tensors.values() for number in (*entry.shape, entry.digest.step)]
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise ValueError("a text or a number is none")
+    if min(numbers) < 0 or manifest.shard_size == 0:
+        raise ValueError("a number is below what it can be")
+    if "\n" not in manifest.recipe:
+        # One line would be taken for the path of a file.
+        raise ValueError("the recipe is no recipe")
+    for file in {*manifest.files, *(entry.file for entry in manifest.tensors.values())}:
+        if not all(map(is_file_name, file.split("/"))):
+            raise UnsafeFileError(f"the manifest names the file {shown(file)}, which is not in its folder")
 
 
 def hash_of(content: Any) -> str:
@@ -155,9 +184,14 @@ def hash_of(content: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the XXH3 hash of a file's content."""
+    """Return the XXH3 hash of a file's content.
+
+    Raises:
+        UnsafeFileError: if it is no regular file.
+        OSError: if it cannot be read.
+    """
     found = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open(open_regular(path)[0], "rb") as file:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()

@@ -321,3 +321,22 @@ def is_file_name(name: str) -> bool:
 def join(folder: str, name: str) -> str:
     """Return the path of a file in a folder, or of nothing more than the folder itself."""
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
+
+
+def check_inside(path: str, file: str) -> None:
+    """Refuse a link out of a folder, unless it is the hub cache's own: snapshots link to blobs beside them.
+
+    Raises:
+        UnsafeFileError: if the file lies elsewhere.
+    """
+    if is_url(path):
+        return
+    real = Path(os.path.realpath(os.path.join(path, file)))
+    folder = Path(os.path.realpath(path))
+    if real.is_relative_to(folder):
+        return
+    # models--org--name/snapshots/COMMIT, and a pipeline's components in it, link to models--org--name/blobs.
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots" and real.is_relative_to(snapshot.parent.parent / "blobs"):
+            return
+    raise UnsafeFileError(f"{os.path.join(path, file)} is a link out of its folder, to {real}")

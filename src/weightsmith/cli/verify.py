@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def report(found: Verification, *, as_json: bool, good: str) -> None:
         )
     else:
         for note in found.notes:
-            click.echo(f"note: {note}", err=True)
+            click.echo(printable(f"note: {note}"), err=True)
         for problem in found.problems[:_SHOWN]:
-            click.echo(f"error: {problem}", err=True)
+            click.echo(printable(f"error: {problem}"), err=True)
         if len(found.problems) > _SHOWN:
             click.echo(f"error: and {len(found.problems) - _SHOWN} more; --json has them all", err=True)
         if found.ok:
