@@ -41,7 +41,7 @@ docs: $(VENV)/.dev
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
 
-# Ten million inputs, most of an hour on one core. One target alone: python fuzz/run.py recipe --executions 500000
+# Eleven million inputs, half an hour to an hour on one core. One target alone: python fuzz/run.py recipe --executions 500000
 fuzz: $(VENV)/.core
 	$(BIN)/pip install --quiet atheris
 	$(BIN)/python fuzz/run.py safetensors --executions 5000000
