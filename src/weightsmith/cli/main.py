@@ -89,3 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
         told = printable(str(error))
         print(told if isinstance(error, Interrupted) else f"error: {told}", file=sys.stderr)
         sys.exit(130 if isinstance(error, Interrupted) else 1)
+    except (OSError, MemoryError) as error:
+        # What nobody had words for: too many open files, a folder that may not be listed, no memory.
+        if debug:
+            raise
+        about = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {about or 'out of memory'}", file=sys.stderr)
+        sys.exit(1)

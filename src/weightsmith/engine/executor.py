@@ -134,20 +134,22 @@ def execute(
         OutputError: if the disk is full or a file cannot be written, or a result is not finite.
         CheckpointError: if an input cannot be read.
     """
-    check_space(plan, folder)
-    # A file that is not as it was left (a crash can lose it) holds nothing, whatever the journal says.
-    whole = complete(plan.layout, folder)
-    finished = {
-        task.name: Done.from_json(journal.finished[task.name])
-        for task in plan.tasks
-        if task.name in journal.finished and whole[plan.place(task).shard]
-    }
 
     def record(done: Mapping[str, Done]) -> None:
         journal.record({name: entry.to_json() for name, entry in done.items()})
 
     run = _Run(plan, Shards(plan.layout, folder), record, listener or Silent(), backend, on_nonfinite)
     try:
+        check_space(plan, folder)
+        # A file that is not as it was left (a crash can lose it) holds nothing, whatever the journal says.
+        whole = complete(plan.layout, folder)
+        journal.forget(task.name for task in plan.tasks if not whole[plan.place(task).shard])
+        finished = {
+            task.name: Done.from_json(journal.finished[task.name])
+            for task in plan.tasks
+            if task.name in journal.finished
+        }
+        run.check_finite(finished)
         return finished | run.run(finished, threads)
     except OSError as error:
         raise OutputError(_os_error_text(error, folder)) from error
@@ -231,6 +233,17 @@ class _Run:
         self._done: dict[str, Done] = {}
         self._unrecorded: list[Task] = []
         self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+
+    def check_finite(self, finished: Mapping[str, Done]) -> None:
+        """Refuse finished tensors as they would be refused now: the run that made them may have been asked for less.
+
+        Raises:
+            OutputError: if there are results that are NaN or infinite where the inputs are not.
+        """
+        for task in self.plan.tasks:
+            if task.name in finished:
+                self._check_finite(task, finished[task.name].nonfinite)
 
     def run(self, finished: Mapping[str, Done], threads: int) -> dict[str, Done]:
         """Do all tasks that are not finished, and return what is known of them, in the order of the plan."""
@@ -260,7 +273,6 @@ class _Run:
         """Sync finished tensors and record them, every few seconds and at the end."""
         thread = threading.Thread(target=self._record_regularly, name="weightsmith-journal", daemon=True)
         self._ended = threading.Event()
-        self._failure: BaseException | None = None
         thread.start()
         try:
             yield
@@ -364,17 +376,22 @@ class _Run:
         while not self._ended.wait(_JOURNAL_EVERY):
             try:
                 self._record()
-            except BaseException as error:
-                self._failure = error
+            except BaseException:
                 self.stopping.set()
                 return
 
     def _record(self) -> None:
         with self._lock:
             tasks, self._unrecorded = self._unrecorded, []
-        if tasks:
+        # A sync that failed is told of once: the next would succeed, and prove nothing of what was written before it.
+        if not tasks or self._failure is not None:
+            return
+        try:
             self.sink.sync(self.plan.place(task).shard for task in tasks)
             self.record({task.name: self._done[task.name] for task in tasks})
+        except BaseException as error:
+            self._failure = error
+            raise
 
 
 class _Met:
@@ -424,4 +441,5 @@ def _os_error_text(error: OSError, folder: Path) -> str:
             f"the disk is full; what is finished is kept in {folder.parent}: free some space, and the same "
             "command goes on from there"
         )
-    return f"cannot write {target}: {error.strerror or error}"
+    more = "; allow more open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+    return f"cannot write {target}: {error.strerror or error}{more}; what is finished is kept in {folder.parent}"

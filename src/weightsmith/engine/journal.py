@@ -1,14 +1,15 @@
 """What a run has finished, on disk, so that the next run of the same command goes on from there.
 
 A journal is a text file: a first line of JSON that says which run it belongs to, then one line of JSON for
-every batch of tensors whose bytes have been synced to disk. A last line cut short by a crash is ignored.
+every batch of tensors whose bytes have been synced to disk, or whose bytes were lost with their file. A last line cut
+short by a crash is ignored.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Journal:
 
         Raises:
             OutputError: if the file is the journal of another run; the message names the topics that differ.
+            OSError: if it cannot be read or written.
         """
         self._path = path
         self.finished: dict[str, Any] = {}
@@ -58,6 +60,7 @@ class Journal:
             if entry is None:
                 break
             self.finished |= entry.get("done", {})
+            self._drop(entry.get("lost", []))
             whole += len(line) + 1
         self._file = path.open("r+b", buffering=0)
         self._file.truncate(whole)
@@ -71,12 +74,29 @@ class Journal:
         if done:
             self._append({"done": dict(done)})
 
+    def forget(self, lost: Iterable[str]) -> None:
+        """Take back finished tensors whose files are gone. Returns once that is on disk.
+
+        Until it is, the files must not be made anew: a run that is killed then would leave them empty, and the next
+        would believe the journal.
+        """
+        names = [name for name in lost if name in self.finished]
+        if names:
+            self._append({"lost": names})
+            self._drop(names)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.finished.pop(name, None)
+
     def _append(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        left = memoryview(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        while left:
+            left = left[self._file.write(left) :]
         os.fsync(self._file.fileno())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from weightsmith.checkpoint.layout import Layout, Shard
-from weightsmith.checkpoint.staging import sync_folder
+from weightsmith.checkpoint.staging import make_folder, sync_folder
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.engine.writeback import WriteBehind
 
@@ -78,7 +78,11 @@ class Shards(Sink):
 
     def copy(self, shard: int, tensor: Tensor, start: int, stop: int, offset: int) -> bool:
         """See :meth:`Sink.copy`."""
-        copied = tensor.copy_to(start, stop, self._files[shard], offset)
+        try:
+            copied = tensor.copy_to(start, stop, self._files[shard], offset)
+        except OSError:
+            # Of the input or of the output? Reading and writing fail each under its own name.
+            return False
         if copied:
             self._behind.wrote(self._files[shard], (stop - start) * tensor.dtype.itemsize)
         return copied
@@ -87,6 +91,7 @@ class Shards(Sink):
         """See :meth:`Sink.sync`."""
         for shard in sorted(set(shards)):
             os.fsync(self._files[shard])
+            self._behind.check(self._files[shard])
 
     def __enter__(self) -> Shards:
         try:
@@ -123,7 +128,7 @@ def complete(layout: Layout, folder: Path) -> list[bool]:
 
 def _open(path: Path, shard: Shard) -> int:
     """Open a file for writing, at its full length, with its header in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         if os.fstat(handle).st_size != shard.nbytes:

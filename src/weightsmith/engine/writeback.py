@@ -7,6 +7,7 @@ file is synced in the end, everything waits for the disk.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 import threading
@@ -17,6 +18,8 @@ from functools import cache
 _STEP = 64 << 20
 # From Linux's fs.h.
 _WAIT_BEFORE, _WRITE = 1, 2
+# What it says where it cannot be had; nothing is lost then.
+_CANNOT = frozenset({errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP})
 
 
 class WriteBehind:
@@ -28,6 +31,7 @@ class WriteBehind:
         self._changed = threading.Condition()
         self._ended = False
         self._send = _sync_file_range()
+        self._failed: dict[int, int] = {}
         self._thread = threading.Thread(target=self._run, name="weightsmith-behind", daemon=True)
 
     def wrote(self, handle: int, nbytes: int) -> None:
@@ -37,6 +41,19 @@ class WriteBehind:
             self._total += nbytes
             if self._total >= _STEP:
                 self._changed.notify()
+
+    def check(self, handle: int) -> None:
+        """Raise what a request for a file came back with.
+
+        The kernel tells of a failed write once. What waits for writes in between is told, and ``fsync`` not any more.
+
+        Raises:
+            OSError: if what was written to the file did not get to the disk.
+        """
+        with self._changed:
+            number = self._failed.get(handle)
+        if number is not None:
+            raise OSError(number, os.strerror(number))
 
     def __enter__(self) -> WriteBehind:
         if self._send is not None:
@@ -59,8 +76,9 @@ class WriteBehind:
                     return
                 handles, self._written, self._total = list(self._written), {}, 0
             for handle in handles:
-                # Errors are those of the disk, and fsync will report them.
-                self._send(handle, 0, 0, _WAIT_BEFORE | _WRITE)
+                if self._send(handle, 0, 0, _WAIT_BEFORE | _WRITE) < 0 and ctypes.get_errno() not in _CANNOT:
+                    with self._changed:
+                        self._failed[handle] = ctypes.get_errno()
 
 
 @cache

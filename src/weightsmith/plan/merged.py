@@ -16,7 +16,7 @@ from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
 from weightsmith.checkpoint.manifest import MANIFEST_KEY
-from weightsmith.checkpoint.staging import Staging, check_target
+from weightsmith.checkpoint.staging import Staging, check_target, settle
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.backend import NUMPY, Backend, choose_backend
@@ -26,7 +26,7 @@ from weightsmith.engine.memory import uncollected
 from weightsmith.engine.plan import Plan, Task
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import default_threads
-from weightsmith.errors import OutputError
+from weightsmith.errors import CheckpointError, OutputError
 from weightsmith.plan.provenance import describe, files_of, hash_inputs, write_into_header, write_manifest
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge
@@ -179,6 +179,7 @@ class LazyCheckpoint(Checkpoint):
         path = Path(os.path.abspath(target))
         single = path.suffix == ".safetensors"
         chosen = choose_backend(device, backend)
+        settle(path)
         check_target(path, overwrite=overwrite)
         self._check_not_input(path)
         count = threads or default_threads()
@@ -192,8 +193,10 @@ class LazyCheckpoint(Checkpoint):
         if memory is not None:
             count = plan.threads_within(memory, count)
         with Staging(path, overwrite=overwrite, restart=restart) as staging:
-            check_space(plan, staging.content)
-            journal = Journal(staging.journal, _run_identity(plan, chosen, contents))
+            with staging.writing():
+                check_space(plan, staging.content)
+                journal = Journal(staging.journal, _run_identity(plan, chosen, contents))
+                staging.keep({shard.path for shard in plan.layout.shards})
             try:
                 done = execute(
                     plan,
@@ -204,8 +207,10 @@ class LazyCheckpoint(Checkpoint):
                     backend=chosen,
                     on_nonfinite=on_nonfinite,
                 )
+                resumed = len(journal.finished)
             finally:
                 journal.close()
+            self._check_unchanged()
             manifest = describe(
                 plan.tasks,
                 files_of(plan.layout),
@@ -227,7 +232,7 @@ class LazyCheckpoint(Checkpoint):
         return Summary(
             target=path,
             tensors=len(plan.tasks),
-            resumed=len(journal.finished),
+            resumed=resumed,
             nbytes=plan.bytes_written,
             seconds=time.monotonic() - started,
             nonfinite=() if on_nonfinite == "ignore" else nonfinite_of(done),
@@ -243,6 +248,22 @@ class LazyCheckpoint(Checkpoint):
         if self.beside.card is not None:
             (folder / "README.md").write_text(self.beside.card, "utf-8")
         return notes
+
+    def _check_unchanged(self) -> None:
+        """Check that no input was changed while it was read: the result would be of both."""
+        for identity in self.identities:
+            if "://" in identity.path:
+                continue
+            try:
+                now = os.stat(identity.path)
+            except OSError:
+                # A file that is gone is read to its end by who has it open.
+                continue
+            if (now.st_size, now.st_mtime_ns) != (identity.size, identity.modified):
+                raise CheckpointError(
+                    f"{identity.path} was changed while it was read: the result would be of both states; leave it "
+                    "alone, and begin anew with --restart"
+                )
 
     def _check_not_input(self, target: Path) -> None:
         real = os.path.realpath(target)

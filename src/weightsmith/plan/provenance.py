@@ -22,6 +22,7 @@ from weightsmith.checkpoint.manifest import (
     hash_file,
     hash_of,
 )
+from weightsmith.checkpoint.staging import raise_it
 from weightsmith.checkpoint.storage import open_source
 from weightsmith.engine.executor import Done
 from weightsmith.engine.plan import Plan, Task
@@ -87,7 +88,7 @@ def write_manifest(plan: Plan, content: Path, manifest: Manifest) -> None:
         OSError: if it cannot be written.
     """
     hashes = {shard.path: hash_of(shard.header) for shard in plan.layout.shards}
-    for root, _, names in os.walk(content):
+    for root, _, names in os.walk(content, onerror=raise_it):
         for name in names:
             path = Path(root) / name
             relative = path.relative_to(content).as_posix()
