@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from weightsmith.checkpoint.manifest import (
     Manifest,
     hash_file,
     hash_of,
-    hash_part,
+    hash_range,
     join_parts,
     read_manifest,
     steps,
@@ -96,7 +97,7 @@ def verify(
         CheckpointError: if there is no checkpoint, or its manifest cannot be read.
     """
     root = Path(path)
-    if root.is_dir() and not (root / MANIFEST_FILE).exists():
+    if root.is_dir() and not os.path.lexists(root / MANIFEST_FILE):
         return _headers_alone(root, f"it has no {MANIFEST_FILE}")
     if root.is_dir():
         manifest = read_manifest(_text_of(root / MANIFEST_FILE), str(root / MANIFEST_FILE))
@@ -247,7 +248,7 @@ class _Verifying:
         def hashed(block: tuple[str, StoredTensor, int, int]) -> tuple[str, bytes | None, str]:
             name, tensor, start, stop = block
             try:
-                part = hash_part(tensor.source.read(tensor.offset + start, tensor.offset + stop))
+                part = hash_range(tensor.source, tensor.offset + start, tensor.offset + stop).digest()
             except CheckpointError as error:
                 return name, None, str(error)
             listener.advance(stop - start)
@@ -304,7 +305,7 @@ def _headers_alone(root: Path, reason: str) -> Verification:
 def _manifest_of(root: Path) -> Manifest:
     if root.is_dir():
         file = root / MANIFEST_FILE
-        if not file.exists():
+        if not os.path.lexists(file):
             raise CheckpointError(f"{root} has no {MANIFEST_FILE}: it was not written by weightsmith")
         return read_manifest(_text_of(file), str(file))
     text = read_metadata(LocalSource(root)).get(MANIFEST_KEY)
@@ -313,13 +314,18 @@ def _manifest_of(root: Path) -> Manifest:
     return read_manifest(text, str(root))
 
 
-def _text_of(file: Path) -> str:
+def LocalSource(file: Path) -> LocalSource:
+    """Open a file; anything else that has a name might keep us waiting for ever."""
     try:
-        return read_whole(str(file), _LARGEST_MANIFEST).decode("ascii").rstrip("\n")
+    try:
+        text = read_whole(str(file), _LARGEST_MANIFEST).decode("ascii")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{file}: the manifest is not as it was written: byte {error.start} is no ASCII"
         ) from error
+    if not text.endswith("\n"):
+        raise CheckpointError(f"{file}: the manifest is not as it was written: it is cut short")
+    return text[:-1]
 
 
 def _changed_inputs(manifest: Manifest, plan: Plan, contents: Mapping[str, str]) -> Iterator[Problem]:

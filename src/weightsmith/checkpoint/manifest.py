@@ -12,15 +12,18 @@ holds a hash of itself, so that it is known whether the manifest or the content 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from weightsmith import dtypes
 from weightsmith.checkpoint.checkpoint import Identity
-from weightsmith.checkpoint.storage import is_file_name, open_regular
+from weightsmith.checkpoint.storage import Source, is_file_name, open_regular
 from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
 MANIFEST_FILE = "weightsmith.json"
@@ -29,6 +32,12 @@ FORMAT = 1
 UNKNOWN = "0" * 32
 _STEP_DIGITS = 10
 _SEAL = '"seal":"'
+_DIGITS = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(r"[0-9a-f]{32}:[0-9a-f]{10}")
+# Blocks of one tensor: with the executor's, a tensor of two terabytes. A step of one byte would keep us for ever.
+_MOST_STEPS = 1 << 22
+# Bytes that are read at a time, whatever a manifest says was hashed at a time.
+_AT_A_TIME = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,13 @@ class Digest:
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Read what ``str`` gave."""
+        """Read what ``str`` gave.
+
+        Raises:
+            ValueError: if it is not that.
+        """
+        if not _DIGEST.fullmatch(text):
+            raise ValueError(f"{text!r} is no hash")
         digits, _, step = text.partition(":")
         return cls(digits, int(step, 16))
 
@@ -123,59 +138,76 @@ def read_manifest(text: str, where: str) -> Manifest:
 
     Raises:
         CheckpointError: if it is not one, or not as it was written.
+        UnsafeFileError: if it names a file that is not in its folder.
     """
     try:
         content = json.loads(text)
-        seal = content["seal"]
+        seal = _a(str, content["seal"])
         if content["format"] != FORMAT:
             raise CheckpointError(f"{where}: a manifest of format {content['format']!r}; this version reads {FORMAT}")
         if hash_of(text.replace(_SEAL + seal, _SEAL + UNKNOWN, 1).encode()) != seal:
             raise CheckpointError(f"{where}: the manifest is not as it was written: its own hash does not fit")
-        manifest = Manifest(
-            version=content["weightsmith"],
-            arithmetic=content["arithmetic"],
-            recipe=content["recipe"],
-            shard_size=content["shard_size"],
-            inputs=tuple(Identity(**identity) for identity in content["inputs"]),
-            contents=content["contents"],
-            tensors={
-                name: Entry(entry["dtype"], tuple(entry["shape"]), entry["file"], Digest.parse(entry["xxh3"]))
-                for name, entry in content["tensors"].items()
-            },
-            files=content["files"],
+        found = Manifest(
+            version=_a(str, content["weightsmith"]),
+            arithmetic=_a(str, content["arithmetic"]),
+            recipe=_recipe(content["recipe"]),
+            shard_size=_a(int, content["shard_size"]),
+            inputs=tuple(_identity(identity) for identity in _a(list, content["inputs"])),
+            contents=_texts(content["contents"]),
+            tensors={name: _entry(entry) for name, entry in _a(dict, content["tensors"]).items()},
+            files=_texts(content["files"]),
         )
-        _check(manifest)
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise CheckpointError(f"{where}: not a manifest of weightsmith: {reason}") from error
-    return manifest
+    for file in dict.fromkeys((*(entry.file for entry in found.tensors.values()), *found.files)):
+        if not all(map(is_file_name, file.split("/"))):
+            raise UnsafeFileError(f"{where}: the manifest names the file {shown(file)}, which is not in its folder")
+    return found
 
 
-def _check(manifest: Manifest) -> None:
-    """Refuse what no merge writes: a seal keeps accidents out, not somebody who writes a manifest of their own."""
-    texts = [
-        manifest.version,
-        manifest.arithmetic,
-        manifest.recipe,
-        *manifest.contents.values(),
-        *manifest.files.values(),
-    ]
-    texts += [text for entry in manifest.tensors.values() for text in (entry.dtype, entry.file, entry.digest.hash)]
-    texts += [text for one in manifest.inputs for text in (one.path, one.header)]
-    numbers = [manifest.shard_size, *(number for one in manifest.inputs for number in (one.size, one.modified))]
-    numbers += [number for entry in manifest.tensors.values() for number in (*entry.shape, entry.digest.step)]
-    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
-        raise ValueError("a text or a number is none")
-    if min(numbers) < 0 or manifest.shard_size == 0:
-        raise ValueError("a number is below what it can be")
-    if "\n" not in manifest.recipe:
+def _a(kind: type, value: Any) -> Any:
+    """Return a JSON value that must be of a kind."""
+    if type(value) is not kind:
+        raise TypeError(f"{kind.__name__} expected, not {type(value).__name__}")
+    return value
+
+
+def _recipe(value: Any) -> str:
+    if "\n" not in _a(str, value):
         # One line would be taken for the path of a file.
         raise ValueError("the recipe is no recipe")
-    for file in {*manifest.files, *(entry.file for entry in manifest.tensors.values())}:
-        if not all(map(is_file_name, file.split("/"))):
-            raise UnsafeFileError(f"the manifest names the file {shown(file)}, which is not in its folder")
+    return str(value)
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {name: _a(str, text) for name, text in _a(dict, value).items()}
+
+
+def _identity(value: Any) -> Identity:
+    found = Identity(**_a(dict, value))
+    for text in (found.path, found.header):
+        _a(str, text)
+    for number in (found.size, found.modified):
+        _a(int, number)
+    return found
+
+
+def _entry(value: Any) -> Entry:
+    code = _a(str, value["dtype"])
+    dtype = dtypes.from_code(code)
+    shape = tuple(_a(int, length) for length in _a(list, value["shape"]))
+    digest = Digest.parse(_a(str, value["xxh3"]))
+    if dtype is None or any(length < 0 for length in shape):
+        raise ValueError(f"{code!r} {list(shape)} is no tensor")
+    nbytes = math.prod(shape) * dtype.itemsize
+    # Nothing takes no steps, something takes some: whole elements each.
+    fits = 0 < digest.step <= nbytes and digest.step % dtype.itemsize == 0 and nbytes <= digest.step * _MOST_STEPS
+    if not (fits if nbytes else digest.step == 0):
+        raise ValueError(f"{nbytes:,} bytes are not hashed by {digest.step:,}")
+    return Entry(code, shape, _a(str, value["file"]), digest)
 
 
 def hash_of(content: Any) -> str:
@@ -197,12 +229,24 @@ def hash_file(path: Path) -> str:
     return found.hexdigest()
 
 
+def hash_range(source: Source, start: int, stop: int) -> Any:
+    """Return the XXH3 state of some bytes of a file, which are never held as a whole.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    found = xxhash.xxh3_128()
+    for begin in range(start, stop, _AT_A_TIME):
+        found.update(source.read(begin, min(begin + _AT_A_TIME, stop)))
+    return found
+
+
 def hash_part(content: Any) -> bytes:
     """Return the hash of one block of a tensor."""
     return xxhash.xxh3_128_digest(content)
 
 
-def join_parts(parts: Iterable[bytes]) -> str:
+def join_parts(parts: Sequence[bytes]) -> str:
     """Return the hash of a tensor from those of its blocks, in order."""
     return hash_of(b"".join(parts))
 

@@ -270,7 +270,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _resolved(target: Path) -> Path:
-    """Follow a link to a folder, so that what is built lies on the folder's filesystem; a link to a file is replaced."""
+    """Follow a link to a folder, so that all is built on the folder's filesystem; a link to a file is replaced."""
     path = os.path.abspath(target)
     if os.path.islink(path) and os.path.isfile(path):
         return Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

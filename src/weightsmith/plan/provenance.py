@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import xxhash
-
 from weightsmith import __version__, dtypes
 from weightsmith.checkpoint.checkpoint import Identity
 from weightsmith.checkpoint.layout import Layout, make_header
@@ -21,13 +19,13 @@ from weightsmith.checkpoint.manifest import (
     Manifest,
     hash_file,
     hash_of,
+    hash_range,
 )
 from weightsmith.checkpoint.staging import raise_it
 from weightsmith.checkpoint.storage import open_source
 from weightsmith.engine.executor import Done
 from weightsmith.engine.plan import Plan, Task
 
-_STEP = 8 << 20
 _NOT_YET = Digest(UNKNOWN, 0)
 
 
@@ -127,10 +125,8 @@ def hash_inputs(inputs: Sequence[Identity], threads: int) -> dict[str, str]:
 
     def hashed(identity: Identity) -> str:
         source = open_source(identity.path)
-        found = xxhash.xxh3_128()
-        for start in range(0, source.size, _STEP):
-            found.update(source.read(start, min(start + _STEP, source.size)))
-        return found.hexdigest()
+        digits: str = hash_range(source, 0, source.size).hexdigest()
+        return digits
 
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip((identity.path for identity in inputs), pool.map(hashed, inputs), strict=True))
