@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from weightsmith.checkpoint.manifest import (
     hash_file,
     hash_of,
     hash_range,
+    is_like_manifest,
     join_parts,
     read_manifest,
     steps,
@@ -105,7 +105,7 @@ def verify(
     else:
         if root.suffix != ".safetensors":
             return _headers_alone(root, "it is no safetensors file")
-        text = read_metadata(LocalSource(root)).get(MANIFEST_KEY)
+        text = _text_within(root)
         if text is None:
             return _headers_alone(root, "its header has no manifest")
         manifest = read_manifest(text, str(root))
@@ -308,21 +308,24 @@ def _manifest_of(root: Path) -> Manifest:
         if not os.path.lexists(file):
             raise CheckpointError(f"{root} has no {MANIFEST_FILE}: it was not written by weightsmith")
         return read_manifest(_text_of(file), str(file))
-    text = read_metadata(LocalSource(root)).get(MANIFEST_KEY)
+    text = _text_within(root)
     if text is None:
         raise CheckpointError(f"the header of {root} has no manifest: it was not written by weightsmith")
     return read_manifest(text, str(root))
 
 
-def LocalSource(file: Path) -> LocalSource:
-    """Open a file; anything else that has a name might keep us waiting for ever."""
-    try:
+def _text_within(file: Path) -> str | None:
+    """Return the manifest in a header; under another name too, for a flipped bit in its name must not hide it."""
+    metadata = read_metadata(LocalSource(file))
+    found = [text for text in metadata.values() if is_like_manifest(text)]
+    return metadata.get(MANIFEST_KEY, found[0] if found else None)
+
+
+def _text_of(file: Path) -> str:
     try:
         text = read_whole(str(file), _LARGEST_MANIFEST).decode("ascii")
     except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{file}: the manifest is not as it was written: byte {error.start} is no ASCII"
-        ) from error
+        raise CheckpointError(f"{file}: the manifest is not as it was written (byte {error.start})") from error
     if not text.endswith("\n"):
         raise CheckpointError(f"{file}: the manifest is not as it was written: it is cut short")
     return text[:-1]

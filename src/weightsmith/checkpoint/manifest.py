@@ -168,6 +168,11 @@ def read_manifest(text: str, where: str) -> Manifest:
     return found
 
 
+def is_like_manifest(text: str) -> bool:
+    """Whether a text begins as manifests do; it may still be none."""
+    return text.startswith(f'{{"format":{FORMAT},{_SEAL}')
+
+
 def _a(kind: type, value: Any) -> Any:
     """Return a JSON value that must be of a kind."""
     if type(value) is not kind:
