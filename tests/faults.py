@@ -18,7 +18,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -87,6 +89,35 @@ def run(action: Callable[[], Any], watched: Path, fault: Fault = Fault(), untouc
     return Outcome(code, found.get("text", ""), found.get("calls", []))
 
 
+def kill_after(seconds: float, action: Callable[[], Any], watched: Path, delay: float) -> Outcome:
+    """Run an action in a forked child whose calls each take a while, and kill it after some time.
+
+    Args:
+        seconds: when to send SIGKILL.
+        action: what to do.
+        watched: see :func:`run`.
+        delay: seconds that each call takes longer.
+
+    Returns:
+        How it ended, and the calls it had begun by then.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        layer = _Layer(watched, Fault(), None)
+        layer.told, layer.delay = writer, delay
+        _in_child(action, layer, os.open(os.devnull, os.O_WRONLY))
+    os.close(writer)
+    timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
+    timer.start()
+    with open(reader) as said:
+        calls = said.read().splitlines()
+    timer.cancel()
+    timer.join()
+    return Outcome(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), calls=calls)
+
+
 def _in_child(action: Callable[[], Any], layer: _Layer, writer: int) -> NoReturn:
     code, text = CRASHED, ""
     try:
@@ -110,6 +141,8 @@ class _Layer:
         self.fault = fault
         self.calls: list[str] = []
         self.off = False
+        self.told: int | None = None
+        self.delay = 0.0
         self.plain: dict[str, Any] = {}
         self.plain_open = io.open
         self.lock = threading.RLock()
@@ -192,6 +225,9 @@ class _Layer:
 
     def _counted(self, name: str, path: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         self.calls.append(f"{name} {os.path.relpath(path, self.watched)}")
+        if self.told is not None:
+            self.plain["write"](self.told, f"{self.calls[-1]}\n".encode())
+            time.sleep(self.delay)
         fault, number = self.fault, len(self.calls)
         due = number == fault.at
         if due and fault.kind == "before":

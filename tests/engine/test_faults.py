@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +32,12 @@ EVERY = bool(os.environ.get("WEIGHTSMITH_EVERY_FAULT"))
 NUMBERS = (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE)
 KINDS = ("raise", "stays", "half", "before", "after", "half-kill", "power")
 SCENARIOS = ("sharded", "single", "overwrite", "overwrite-single", "overwrite-renames")
-# How many calls of each kind are tried in the suite.
-SOME = 3
+# How many calls of each kind, kills, and chains of faults are tried in the suite.
+SOME = 4
+KILLS = 200 if EVERY else 15
+CHAINS = 300 if EVERY else 12
+# Seconds that each call takes longer where kills are to hit all of them.
+DELAY = 0.002
 
 
 @dataclass(frozen=True)
@@ -175,3 +182,75 @@ def test_whatever_call_fails_or_is_the_last(case, kind):
                 bad.append(f"{number} ({undisturbed.calls[number - 1]}) {fault}: " + "; ".join(wrong))
     print(f"{case.target.name} {kind}: {count} calls, {sum(ended.values())} runs, ended {dict(ended)}, {len(bad)} bad")
     assert not bad, f"{len(bad)} of {sum(ended.values())}:\n" + "\n".join(bad[:12])
+
+
+@pytest.mark.parametrize("case", SCENARIOS, indirect=True)
+def test_faults_one_after_another(case):
+    """Each run of the same command meets a fault of its own, and what one left is what the next begins with."""
+    rng = random.Random(7)
+    bad = []
+    runs = 0
+    for chain in range(CHAINS // len(SCENARIOS)):
+        case.prepare()
+        faults_met = []
+        for _ in range(rng.randint(2, 6)):
+            fault = fault_at(rng.randint(1, 130), rng.choice(KINDS), rng.randrange(1 << 20))
+            faults_met.append(fault)
+            ended = faults.run(case.merge, case.work, fault)
+            runs += 1
+            found = content(case.target)
+            if found not in (case.old, case.new) and not (found is None and is_recoverable(case)):
+                bad.append(f"{chain}: {faults_met}: a target of {found and sorted(found)}")
+            if ended.code == CRASHED:
+                bad.append(f"{chain}: {faults_met}: {ended.text}")
+            if found == case.new:
+                break
+        again = faults.run(case.merge, case.work)
+        if content(case.target) != case.new:
+            bad.append(f"{chain}: {faults_met}: then {again}")
+    print(f"{case.target.name}: {CHAINS // len(SCENARIOS)} chains, {runs} runs, {len(bad)} bad")
+    assert not bad, "\n".join(bad[:5])
+
+
+def phase(calls: list[str]) -> str:
+    """What a run was at, by the calls it had made."""
+    if any(call.startswith(("rename", "exchange")) for call in calls):
+        return "cleaning up"
+    if any("publishing" in call and "open" not in call for call in calls):
+        return "publishing"
+    if any("config.json" in call for call in calls):
+        return "files beside"
+    journal = sum(call.startswith("write") and call.endswith("/journal") for call in calls)
+    return "before weights" if not journal else "headers" if not any_weights(calls) else "weights"
+
+
+def any_weights(calls: list[str]) -> bool:
+    return sum(call.startswith("pwrite") for call in calls) > len({c for c in calls if c.startswith("pwrite")})
+
+
+@pytest.mark.parametrize("case", ["sharded", "overwrite"], indirect=True)
+def test_killed_at_random_moments(case):
+    """SIGKILL from outside; the same command again, perhaps killed too, ends with the same bytes."""
+    rng = random.Random(11)
+    case.prepare()
+    began = time.monotonic()
+    whole = faults.kill_after(60, case.merge, case.work, DELAY)
+    lasts = time.monotonic() - began
+    assert (whole.code, content(case.target)) == (0, case.new)
+    phases: Counter[str] = Counter()
+    targets: Counter[str] = Counter()
+    while phases.total() < KILLS // 2:
+        case.prepare()
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            ended = faults.kill_after(rng.uniform(0, lasts), case.merge, case.work, DELAY)
+            if ended.code == -signal.SIGKILL:
+                phases[phase(ended.calls)] += 1
+            found = content(case.target)
+            assert found in (case.old, case.new), ended
+            targets["new" if found == case.new else "old" if case.old else "absent"] += 1
+            if found == case.new:
+                break
+        faults.run(case.merge, case.work)
+        assert content(case.target) == case.new
+        assert [path.name for path in case.work.iterdir()] == [case.target.name]
+    print(f"{case.target.name}: {phases.total()} kills in {dict(phases)}; then the target was {dict(targets)}")

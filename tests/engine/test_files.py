@@ -150,7 +150,7 @@ def test_local_files_can_be_asked_for(model):
 def test_files_are_sent_to_the_disk_each_time_enough_is_written(monkeypatch):
     sent: list[int] = []
     monkeypatch.setattr(writeback, "_STEP", 1000)
-    monkeypatch.setattr(writeback, "_sync_file_range", lambda: lambda handle, *_: sent.append(handle))
+    monkeypatch.setattr(writeback, "_sync_file_range", lambda: lambda handle, *_: sent.append(handle) or 0)
     with WriteBehind() as behind:
         behind.wrote(7, 600)
         time.sleep(0.05)

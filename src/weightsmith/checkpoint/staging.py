@@ -55,7 +55,7 @@ class Staging:
             OutputError: if the target exists and may not be replaced, if another run is building it, or if
                 the folder around it cannot be written.
         """
-        self.target = _resolved(target)
+        self.target = resolve_target(target)
         self.overwrite = overwrite
         self.folder = _hidden(self.target)
         self.content = self.folder / "content"
@@ -223,7 +223,7 @@ def settle(target: Path) -> None:
     Raises:
         OutputError: if another run is writing the target now, or the folder around it cannot be written.
     """
-    real = _resolved(target)
+    real = resolve_target(target)
     folder = _hidden(real)
     if os.path.lexists(folder) and (_is_there(folder / "publishing") or not _is_there(folder / "journal")):
         Staging(real, overwrite=True)._leave()
@@ -233,8 +233,15 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Check that an output may be made at this place.
 
     Raises:
-        OutputError: if something is there already that may not be replaced.
+        OutputError: if something is there already that may not be replaced, or it cannot be looked at.
     """
+    try:
+        _check_target(target, overwrite=overwrite)
+    except OSError as error:
+        raise OutputError(f"cannot look at {target}: {error.strerror}") from error
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if os.path.ismount(target):
@@ -269,7 +276,7 @@ def make_folder(folder: Path) -> None:
         _sync(one.parent)
 
 
-def _resolved(target: Path) -> Path:
+def resolve_target(target: Path) -> Path:
     """Follow a link to a folder, so that all is built on the folder's filesystem; a link to a file is replaced."""
     path = os.path.abspath(target)
     if os.path.islink(path) and os.path.isfile(path):

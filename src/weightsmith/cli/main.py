@@ -93,6 +93,6 @@ def main(arguments: list[str] | None = None) -> None:
         # What nobody had words for: too many open files, a folder that may not be listed, no memory.
         if debug:
             raise
-        about = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        about = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"error: {about or 'out of memory'}", file=sys.stderr)
         sys.exit(1)

@@ -16,7 +16,7 @@ from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
 from weightsmith.checkpoint.manifest import MANIFEST_KEY
-from weightsmith.checkpoint.staging import Staging, check_target, settle
+from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.backend import NUMPY, Backend, choose_backend
@@ -176,7 +176,7 @@ class LazyCheckpoint(Checkpoint):
             Interrupted: on Ctrl-C; the same call goes on from there.
         """
         started = time.monotonic()
-        path = Path(os.path.abspath(target))
+        path = resolve_target(Path(target))
         single = path.suffix == ".safetensors"
         chosen = choose_backend(device, backend)
         settle(path)
@@ -230,7 +230,7 @@ class LazyCheckpoint(Checkpoint):
                     write_manifest(plan, staging.content, manifest)
             staging.publish()
         return Summary(
-            target=path,
+            target=Path(os.path.abspath(target)),
             tensors=len(plan.tasks),
             resumed=resumed,
             nbytes=plan.bytes_written,
