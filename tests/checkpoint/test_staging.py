@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 
@@ -76,6 +78,32 @@ def test_a_second_run_into_one_target_is_refused_until_the_first_ends(tmp_path):
         process.kill()
         process.wait()
     Staging(tmp_path / "out").__exit__(None, None, None)
+
+
+def test_the_lock_of_a_folder_that_its_holder_removed_is_none(tmp_path, monkeypatch):
+    """Between opening and locking the file, the run that held it ends and removes the folder."""
+    plain = fcntl.flock
+    removed = []
+
+    def flock(handle, operation):
+        if not removed:
+            removed.append(1)
+            shutil.rmtree(tmp_path / ".out.weightsmith")
+        plain(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Staging(tmp_path / "out"), pytest.raises(OutputError, match="another run"):
+        Staging(tmp_path / "out")
+
+
+def test_folders_around_the_target_are_made_and_synced(tmp_path, monkeypatch):
+    synced = []
+    plain = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or plain(fd))
+    with Staging(tmp_path / "a" / "b" / "out") as staging:
+        (staging.content / "x").write_text("x")
+        staging.publish()
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} <= set(synced)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
