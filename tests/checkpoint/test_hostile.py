@@ -313,7 +313,7 @@ def resealed(write_model, tmp_path):
         change(content)
         text = json.dumps({**content, "seal": manifest.UNKNOWN}, separators=(",", ":"))
         seal = f'"seal":"{manifest.hash_of(text.encode())}"'
-        path.write_text(text.replace(f'"seal":"{manifest.UNKNOWN}"', seal))
+        path.write_text(text.replace(f'"seal":"{manifest.UNKNOWN}"', seal) + "\n")
         return tmp_path / "out"
 
     return write
@@ -325,8 +325,8 @@ def resealed(write_model, tmp_path):
         (lambda m: m["files"].update({"../m/config.json": "0" * 32}), "not in its folder"),
         (lambda m: m["files"].update({"/etc/hostname": "0" * 32}), "not in its folder"),
         (lambda m: m["tensors"]["lm_head.weight"].update(file="../m/model.safetensors"), "not in its folder"),
-        (lambda m: m["tensors"]["lm_head.weight"].update(file=3), "a text or a number is none"),
-        (lambda m: m["tensors"]["lm_head.weight"].update(shape="ab"), "a text or a number is none"),
+        (lambda m: m["tensors"]["lm_head.weight"].update(file=3), "str expected, not int"),
+        (lambda m: m["tensors"]["lm_head.weight"].update(shape="ab"), "list expected, not str"),
         (lambda m: m.update(recipe="/etc/hostname"), "the recipe is no recipe"),
         (lambda m: m.update(shard_size=-1), "below what it can be"),
         (lambda m: m.update(tensors=[]), "not a manifest"),

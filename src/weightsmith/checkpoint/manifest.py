@@ -151,7 +151,7 @@ def read_manifest(text: str, where: str) -> Manifest:
             version=_a(str, content["weightsmith"]),
             arithmetic=_a(str, content["arithmetic"]),
             recipe=_recipe(content["recipe"]),
-            shard_size=_a(int, content["shard_size"]),
+            shard_size=_count(content["shard_size"], least=1),
             inputs=tuple(_identity(identity) for identity in _a(list, content["inputs"])),
             contents=_texts(content["contents"]),
             tensors={name: _entry(entry) for name, entry in _a(dict, content["tensors"]).items()},
@@ -187,6 +187,12 @@ def _recipe(value: Any) -> str:
     return str(value)
 
 
+def _count(value: Any, least: int = 0) -> int:
+    if _a(int, value) < least:
+        raise ValueError(f"{value} is below what it can be")
+    return int(value)
+
+
 def _texts(value: Any) -> dict[str, str]:
     return {name: _a(str, text) for name, text in _a(dict, value).items()}
 
@@ -196,7 +202,7 @@ def _identity(value: Any) -> Identity:
     for text in (found.path, found.header):
         _a(str, text)
     for number in (found.size, found.modified):
-        _a(int, number)
+        _count(number)
     return found
 
 
