@@ -32,7 +32,6 @@ FORMAT = 1
 UNKNOWN = "0" * 32
 _STEP_DIGITS = 10
 _SEAL = '"seal":"'
-_DIGITS = re.compile(r"[0-9a-f]{32}")
 _DIGEST = re.compile(r"[0-9a-f]{32}:[0-9a-f]{10}")
 # Blocks of one tensor: with the executor's, a tensor of two terabytes. A step of one byte would keep us for ever.
 _MOST_STEPS = 1 << 22
@@ -201,8 +200,9 @@ def _identity(value: Any) -> Identity:
     found = Identity(**_a(dict, value))
     for text in (found.path, found.header):
         _a(str, text)
-    for number in (found.size, found.modified):
-        _count(number)
+    _count(found.size)
+    # Times before 1970 are below 0.
+    _a(int, found.modified)
     return found
 
 
