@@ -194,7 +194,7 @@ def test_pipes_and_devices_and_links_to_them_do_not_keep_it_waiting(folder):
         assert "a pipe" in found(folder)
         path.unlink()
         path.symlink_to("/dev/zero")
-        assert re.search("link out of its folder|no regular file|a device", found(folder))
+        assert re.search("no regular file|link out of its folder", found(folder))
         path.unlink()
         path.mkdir()
         assert path.name in found(folder)

@@ -94,5 +94,5 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         about = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"error: {about or 'out of memory'}", file=sys.stderr)
+        print(f"error: {printable(about) or 'out of memory'}", file=sys.stderr)
         sys.exit(1)
