@@ -296,3 +296,9 @@ def test_any_recipe_survives_being_written_out(inputs, shared, dtype):
 
     recipe = validate({"merge_method": "x", "models": inputs, "parameters": shared, "dtype": dtype}, "it")
     assert load_recipe(to_yaml(recipe)) == recipe
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.1e-2", "+1e-3"])
+def test_numbers_with_an_exponent_are_numbers(text):
+    recipe = f"merge_method: nearswap\nbase_model: a\nmodels: [{{model: b}}]\nparameters: {{t: {text}}}\n"
+    assert load_recipe(recipe).parameters == {"t": 0.001}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -54,6 +55,12 @@ class _Loader(yaml.SafeLoader):
                 raise RecipeError(f"line {key.start_mark.line + 1}: the key {shown(name)} is given twice")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-3 for a text: its numbers need a dot and a sign. People mean YAML 1.2.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse(text: str, origin: str) -> list[dict[str, Any]]:
@@ -120,8 +127,8 @@ def parse_value(text: str) -> Any:
         ValueError: if it stands for none.
     """
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, *_PYTHONS) as error:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, RecipeError, *_PYTHONS) as error:
         raise ValueError(str(error)) from error
 
 
