@@ -167,6 +167,12 @@ def bracket(runs: Sequence[Patterns], count: int, size: int) -> tuple[int, int]:
     return (int(sample[low]) if low >= 0 else 0), (int(sample[high]) if high < length else most)
 
 
+def share_within(runs: Sequence[Patterns], low: int, high: int) -> float:
+    """Return the share of a sample that lies in a range."""
+    sample = np.concatenate(runs)
+    return float(np.count_nonzero((sample >= low) & (sample <= high))) / max(len(sample), 1)
+
+
 def bucket(counts: npt.NDArray[np.int64], wanted: int) -> tuple[int, int, int]:
     """Find the bin in which the wanted-th largest element lies.
 

@@ -94,6 +94,8 @@ _SMALL_SCOPE = 1 << 17
 # Bytes of patterns that may be held at a time, for all selections of a sweep.
 MOST_GATHERED = 64 << 20
 _EVERY_PATTERN = (0, 2**64 - 1)
+# Bytes of a float64's pattern, and what a selection may hold beyond twice what its sample promised.
+_WIDEST, _SLACK = 8, 1 << 20
 
 
 def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], scope: Scope) -> Statistic[list[Cut]]:
@@ -133,35 +135,69 @@ def _cuts(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], sco
     from weightsmith.kernels import select
 
     ranges = [_EVERY_PATTERN] * len(counts)
+    expected = [scope.size * _WIDEST] * len(counts)
     if scope.size > _SMALL_SCOPE:
         runs = yield Sweep(Patterns(values), sampled=True)
-        ranges = [select.bracket([run[i] for run in runs], count, scope.size) for i, count in enumerate(counts)]
-    limit = MOST_GATHERED // len(counts)
-
-    def join(one: list[select.Gathered], other: list[select.Gathered]) -> list[select.Gathered]:
-        return [a.add(b, limit) for a, b in zip(one, other, strict=True)]
-
-    ((*gathered,),) = yield Sweep(Within(values, ranges), join)
-    cuts: list[Cut | None] = []
-    for i, count in enumerate(counts):
-        found = select.find(gathered[i], count)
-        if found is None:
-            cuts.append(None)
-            continue
-        value = select.value_of(found.pattern, found.width)
-        if math.isnan(value):
-            # More NaNs than entries to keep: nothing else is kept, and NaN equals nothing to count.
-            cuts.append(_NOTHING)
-        elif found.block is None:
-            cuts.append(Cut(value, _EVERYWHERE))
-        else:
-            cuts.append(Cut(value, (yield from _last_kept(values, i, found.pattern, *found.block))))
+        for i, count in enumerate(counts):
+            own = [run[i] for run in runs]
+            ranges[i] = select.bracket(own, count, scope.size)
+            expected[i] = int(select.share_within(own, *ranges[i]) * scope.size) * own[0].itemsize
+    cuts: list[Cut | None] = [None] * len(counts)
+    for together in _shared_out(expected):
+        found = yield from _gathered(values, together, ranges, expected)
+        for i, gathered in zip(together, found, strict=True):
+            cuts[i] = yield from _cut_of(values, i, select.find(gathered, counts[i]))
     missed = [i for i, cut in enumerate(cuts) if cut is None]
     if missed:
         by_digits = yield from _radix(lambda block: _chosen(values(block), missed), [counts[i] for i in missed])
         for i, cut in zip(missed, by_digits, strict=True):
             cuts[i] = cut
     return [cut for cut in cuts if cut is not None]
+
+
+def _shared_out(expected: Sequence[int]) -> list[list[int]]:
+    """Divide selections such that what is expected of those in one sweep may be held at a time."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for i, nbytes in enumerate(expected):
+        if groups[-1] and held + nbytes > MOST_GATHERED // 2:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += nbytes
+    return groups
+
+
+def _gathered(
+    values: Callable[[Block], Sequence[Array]],
+    together: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
+    expected: Sequence[int],
+) -> Statistic[list[Any]]:
+    """Gather what lies in the ranges of some selections; what is far more than expected is let go."""
+    limits = [min(MOST_GATHERED, 2 * expected[i] + _SLACK) for i in together]
+
+    def join(one: list[Any], other: list[Any]) -> list[Any]:
+        return [a.add(b, limit) for a, b, limit in zip(one, other, limits, strict=True)]
+
+    within = Within(lambda block: _chosen(values(block), together), [ranges[i] for i in together])
+    ((*gathered,),) = yield Sweep(within, join)
+    return list(gathered)
+
+
+def _cut_of(values: Callable[[Block], Sequence[Array]], which: int, found: Any) -> Statistic[Cut | None]:
+    """Return the boundary at a pattern that was found; None if none was."""
+    from weightsmith.kernels import select
+
+    if found is None:
+        return None
+    value = select.value_of(found.pattern, found.width)
+    if math.isnan(value):
+        # More NaNs than entries to keep: nothing else is kept, and NaN equals nothing to count.
+        return _NOTHING
+    if found.block is None:
+        return Cut(value, _EVERYWHERE)
+    return Cut(value, (yield from _last_kept(values, which, found.pattern, *found.block)))
 
 
 def _radix(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -> Statistic[list[Cut]]:
