@@ -86,8 +86,10 @@ class Source(ABC):
 
     def _check_length(self, start: int, stop: int, count: int) -> None:
         if count != stop - start:
+            # Nothing read says only that the file ends somewhere before.
+            end = f"at byte {start + count:,}" if count else f"before byte {start + 1:,}"
             raise CheckpointError(
-                f"{self.path} ends at byte {start + count:,}, and bytes up to {stop:,} are needed; it was "
+                f"{self.path} ends {end}, and bytes up to {stop:,} are needed; it was "
                 f"{self.size:,} bytes long when it was opened: it is cut short or has been changed since"
             )
 
