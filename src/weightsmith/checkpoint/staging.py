@@ -18,18 +18,19 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 
 from weightsmith.errors import OutputError
+from weightsmith.libc import libc_function
 
 # Tries to lock a folder that others remove as they end.
 _TRIES = 100
 # From Linux's fcntl.h and fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_ON_LINUX = sys.platform == "linux"
 # What filesystems say that cannot sync a folder (some in user space, some over a network).
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
 
@@ -335,27 +336,16 @@ def _is_there(path: Path) -> bool:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Let two names change places in one step; return whether system and filesystem can."""
-    function = _renameat2()
+    path, number = ctypes.c_char_p, ctypes.c_int
+    function = libc_function("renameat2", number, path, number, path, ctypes.c_uint) if _ON_LINUX else None
     if function is None:
         return False
     if function(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    failed = ctypes.get_errno()
+    if failed in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
-@cache
-def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        function = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return function
+    raise OSError(failed, os.strerror(failed), str(other))
 
 
 def _sync(path: Path) -> None:

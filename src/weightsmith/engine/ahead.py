@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.expression import stored_within
 from weightsmith.engine.plan import Task
+from weightsmith.engine.threads import Background
 
 # Bytes of input asked for at a time, and how far ahead of the work.
 _STEP = 8 << 20
@@ -16,7 +16,7 @@ _DISTANCE = 128 << 20
 _SMALL = 1 << 20
 
 
-class ReadAhead:
+class ReadAhead(Background):
     """Asks for the inputs of tasks in order, a bounded distance ahead of what has been worked on.
 
     Where the files are in memory already it costs next to nothing; where they are not, disk and processor work at the
@@ -24,11 +24,9 @@ class ReadAhead:
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__("weightsmith-ahead")
         self._tasks = tasks
         self._ahead = 0
-        self._changed = threading.Condition()
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="weightsmith-ahead", daemon=True)
 
     def worked(self, nbytes: int) -> None:
         """Note that so many bytes of input have been worked on."""
@@ -36,16 +34,6 @@ class ReadAhead:
             self._ahead -= nbytes
             if self._ahead <= _DISTANCE:
                 self._changed.notify()
-
-    def __enter__(self) -> ReadAhead:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
-        self._thread.join()
 
     def _run(self) -> None:
         for nbytes, stretches in _stretches(self._tasks):

@@ -13,6 +13,8 @@ import gc
 from collections.abc import Iterator
 from functools import cache
 
+from weightsmith.libc import libc_function
+
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -20,9 +22,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 @cache
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks of up to 32 MB for reuse; does nothing under other C libraries."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    mallopt = libc_function("mallopt", ctypes.c_int, ctypes.c_int)
+    if mallopt is None:
         return
     mallopt(_M_MMAP_THRESHOLD, 32 << 20)
     mallopt(_M_TRIM_THRESHOLD, 256 << 20)

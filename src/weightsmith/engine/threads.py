@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from weightsmith.engine.memory import keep_freed_memory
 
@@ -81,3 +83,30 @@ class ThreadMapper:
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._limits is not None:
             self._limits.restore_original_limits()
+
+
+class Background(ABC):
+    """A thread that does something beside the work within a ``with``, and ends with it.
+
+    What it shares with others is guarded by ``_changed``; notified, it looks whether there is something to do, or
+    ``_ended`` is set.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._changed = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Do it, until ``_ended`` is set."""

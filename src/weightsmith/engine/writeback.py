@@ -10,9 +10,10 @@ import ctypes
 import errno
 import os
 import sys
-import threading
 from collections.abc import Callable
-from functools import cache
+
+from weightsmith.engine.threads import Background
+from weightsmith.libc import libc_function
 
 # Bytes written between two requests; at most twice as many wait for the disk.
 _STEP = 64 << 20
@@ -22,17 +23,15 @@ _WAIT_BEFORE, _WRITE = 1, 2
 _CANNOT = frozenset({errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP})
 
 
-class WriteBehind:
+class WriteBehind(Background):
     """Starts the writing of files to disk each time enough has been written to them. Does nothing but on Linux."""
 
     def __init__(self) -> None:
+        super().__init__("weightsmith-behind")
         self._written: dict[int, int] = {}
         self._total = 0
-        self._changed = threading.Condition()
-        self._ended = False
         self._send = _sync_file_range()
         self._failed: dict[int, int] = {}
-        self._thread = threading.Thread(target=self._run, name="weightsmith-behind", daemon=True)
 
     def wrote(self, handle: int, nbytes: int) -> None:
         """Note that so many bytes were written to an open file."""
@@ -55,18 +54,6 @@ class WriteBehind:
         if number is not None:
             raise OSError(number, os.strerror(number))
 
-    def __enter__(self) -> WriteBehind:
-        if self._send is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
-        if self._send is not None:
-            self._thread.join()
-
     def _run(self) -> None:
         while self._send is not None:
             with self._changed:
@@ -81,13 +68,11 @@ class WriteBehind:
                         self._failed[handle] = ctypes.get_errno()
 
 
-@cache
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    if sys.platform != "linux" or not hasattr(os, "posix_fallocate"):
+    if sys.platform != "linux":
         return None
-    try:
-        function = ctypes.CDLL(None, use_errno=True).sync_file_range
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    wide = ctypes.c_int64
+    function: Callable[[int, int, int, int], int] | None = libc_function(
+        "sync_file_range", ctypes.c_int, wide, wide, ctypes.c_uint
+    )
     return function
