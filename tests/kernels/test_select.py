@@ -39,8 +39,7 @@ def kth_largest(parts: list[np.ndarray], k: int) -> float:
 def gather(parts: list[np.ndarray], low: int, high: int, limit: int = 10**9) -> Gathered:
     found = Gathered(0, [], 0)
     for part in parts:
-        above, inside = within(patterns(part), low, high)
-        found = found.add(Gathered(above, [inside], len(inside)), limit)
+        found = found.add(Gathered.of_block(*within(patterns(part), low, high)), limit)
     return found
 
 

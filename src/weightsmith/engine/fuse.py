@@ -71,7 +71,7 @@ class Fused:
         if isinstance(request, Equal):
             return (position + select.equal(select.patterns(outputs[0]), request.pattern)).tolist()
         if isinstance(request, Within):
-            return [select.Gathered(above, [inside], len(inside)) for above, inside in found]
+            return [select.Gathered.of_block(*one) for one in found]
         if isinstance(request, Histograms):
             return [self.program.width, *found]
         return [float(value) for value in found]

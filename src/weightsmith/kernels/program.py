@@ -159,7 +159,6 @@ class Program:
             found.append(np.zeros(BINS, np.int64) if patterns is None else np.empty(count, patterns))
         # Named, so that they live until the call returns.
         reads, writes, finds = _pointers(inputs), _pointers(outputs), _pointers(found)
-        room = np.array([len(array) for array in found], np.int64)
         failed = self._run(
             _address(self._code),
             form.once,
@@ -175,7 +174,6 @@ class Program:
             _address(counts),
             form.counts,
             _address(finds),
-            _address(room),
             index,
             position,
         )

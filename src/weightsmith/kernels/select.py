@@ -89,6 +89,11 @@ class Gathered:
     blocks: list[Patterns] | None
     count: int
 
+    @classmethod
+    def of_block(cls, above: int, inside: Patterns) -> Gathered:
+        """Return what was found in one block."""
+        return cls(above, [inside], len(inside))
+
     def add(self, other: Gathered, limit: int) -> Gathered:
         """Append the blocks that follow, and let go of all patterns where they take more than ``limit`` bytes."""
         self.above += other.above

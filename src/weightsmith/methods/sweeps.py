@@ -65,8 +65,7 @@ class Within:
         gathered = []
         for array, bounds in zip(self.values(block), self.ranges, strict=True):
             kernel = select.selector(array)
-            above, inside = kernel.within(kernel.patterns(array), *bounds)
-            gathered.append(select.Gathered(above, [inside], len(inside)))
+            gathered.append(select.Gathered.of_block(*kernel.within(kernel.patterns(array), *bounds)))
         return gathered
 
 

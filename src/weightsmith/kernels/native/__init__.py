@@ -74,6 +74,6 @@ def _of_level(loaded: Any, level: int) -> Library:
     run.restype = ctypes.c_int
     run.argtypes = [
         *(address, number, number, number, number, number, number, address, address),
-        *(address, number, address, number, address, address, number, number),
+        *(address, number, address, number, address, number, number),
     ]
     return Library(level, operations, run)

@@ -26,6 +26,7 @@
 #define OF_LEVEL(name) PASTE(name, WS_LEVEL)
 
 #define LANES 16
+#define BINS 65536 /* of a histogram, as in kernels/select.py */
 #define ALIGNMENT 64
 
 typedef float f32;
@@ -55,7 +56,6 @@ typedef struct {
     f64 *sums;               /* LANES per slot while running */
     int64_t *counts;
     int64_t *const *found;   /* per slot of a selection: where to put patterns, or a histogram */
-    const int64_t *room;     /* per slot of a selection: how many patterns fit */
     int64_t index;           /* of the tile's first element in the tensor */
     int64_t position;        /* ... in the scope of the statistic */
     len done;                /* elements before this tile in this stretch */
@@ -581,16 +581,15 @@ COUNT(f64)
 COLLECT(f32, uint32_t)
 COLLECT(f64, uint64_t)
 
-/* Counts of the patterns from x on, 2^y of them in a bin; room[c] bins. */
+/* Counts of the patterns from x on, 2^y of them in each of BINS bins. */
 #define HISTOGRAM(T, U)                                                  \
     static void histogram_##T(const code *c, state *s) {                 \
         const U *a = REGISTER(U, c->a);                                  \
         const U low = (U)c->x;                                           \
         int64_t *bins = s->found[c->c];                                  \
-        const U count = (U)s->room[c->c];                                \
         for (len i = 0; i < s->n; i++) {                                 \
             const U bin = (a[i] - low) >> c->y;                          \
-            if (a[i] >= low && bin < count) bins[bin]++;                 \
+            if (a[i] >= low && bin < BINS) bins[bin]++;                  \
         }                                                                \
     }
 HISTOGRAM(f32, uint32_t)
@@ -629,7 +628,7 @@ EXPORT const char *OF_LEVEL(ws_name_)(int64_t op) {
  * operations along a row are given tiles of one row. `sums` and `counts` are set, not added to. */
 EXPORT int OF_LEVEL(ws_run_)(const code *program, int64_t once, int64_t operations, int64_t registers, int64_t item,
                     int64_t tile, int64_t count, const char *const *inputs, char *const *outputs, f64 *sums, int64_t n_sums,
-                    int64_t *counts, int64_t n_counts, int64_t *const *found, const int64_t *room, int64_t index,
+                    int64_t *counts, int64_t n_counts, int64_t *const *found, int64_t index,
                     int64_t position) {
     const len stride = (len)(((uint64_t)(tile * item) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT + ALIGNMENT);
     const size_t scratch = ((size_t)tile * 2 + 3 * 2048 + 8 + 4 * WIDTH) * sizeof(uint64_t);
@@ -638,7 +637,7 @@ EXPORT int OF_LEVEL(ws_run_)(const code *program, int64_t once, int64_t operatio
     if (!memory) return 1;
     char *at = (char *)(((uintptr_t)memory + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     state s = {.registers = at, .stride = stride, .inputs = inputs, .outputs = outputs, .counts = counts,
-               .found = found, .room = room, .n = 1};
+               .found = found, .n = 1};
     s.scratch = (uint64_t *)(at + stride * registers);
     s.sums = (f64 *)((char *)s.scratch + (scratch + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     memset(s.sums, 0, lanes);
