@@ -97,22 +97,16 @@ def verify(
         CheckpointError: if there is no checkpoint, or its manifest cannot be read.
     """
     root = Path(path)
-    if root.is_dir() and not os.path.lexists(root / MANIFEST_FILE):
-        return _headers_alone(root, f"it has no {MANIFEST_FILE}")
-    if root.is_dir():
-        manifest = read_manifest(_text_of(root / MANIFEST_FILE), str(root / MANIFEST_FILE))
-        folder, only = root, None
-    else:
-        if root.suffix != ".safetensors":
-            return _headers_alone(root, "it is no safetensors file")
-        text = _text_within(root)
-        if text is None:
-            return _headers_alone(root, "its header has no manifest")
-        manifest = read_manifest(text, str(root))
+    if not root.is_dir() and root.suffix != ".safetensors":
+        return _headers_alone(root, "it is no safetensors file")
+    text, where = _manifest_text(root)
+    if text is None:
+        return _headers_alone(root, f"it has no {MANIFEST_FILE}" if root.is_dir() else "its header has no manifest")
+    manifest, folder, only = read_manifest(text, where), root, None
+    if not root.is_dir():
         # A file may be given another name; what is in it stays the same.
         entries = {name: replace(entry, file=root.name) for name, entry in manifest.tensors.items()}
-        manifest = replace(manifest, tensors=entries)
-        folder, only = root.parent, text
+        manifest, folder, only = replace(manifest, tensors=entries), root.parent, text
     return _Verifying(root, folder, manifest, only).run(threads or default_threads(), progress or Silent())
 
 
@@ -303,15 +297,19 @@ def _headers_alone(root: Path, reason: str) -> Verification:
 
 
 def _manifest_of(root: Path) -> Manifest:
-    if root.is_dir():
-        file = root / MANIFEST_FILE
-        if not os.path.lexists(file):
-            raise CheckpointError(f"{root} has no {MANIFEST_FILE}: it was not written by weightsmith")
-        return read_manifest(_text_of(file), str(file))
-    text = _text_within(root)
+    text, where = _manifest_text(root)
     if text is None:
-        raise CheckpointError(f"the header of {root} has no manifest: it was not written by weightsmith")
-    return read_manifest(text, str(root))
+        lacks = f"{root} has no {MANIFEST_FILE}" if root.is_dir() else f"the header of {root} has no manifest"
+        raise CheckpointError(f"{lacks}: it was not written by weightsmith")
+    return read_manifest(text, where)
+
+
+def _manifest_text(root: Path) -> tuple[str | None, str]:
+    """Return the manifest of a folder or file, None if it has none, and the file that it is in."""
+    if not root.is_dir():
+        return _text_within(root), str(root)
+    file = root / MANIFEST_FILE
+    return _text_of(file) if os.path.lexists(file) else None, str(file)
 
 
 def _text_within(file: Path) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_execution import StopAt
 
 import weightsmith as ws
 from conftest import llama_tensors, write_safetensors
@@ -18,22 +19,6 @@ from weightsmith.engine import writeback
 from weightsmith.engine.shards import Shards
 from weightsmith.engine.writeback import WriteBehind
 from weightsmith.errors import Interrupted, OutputError
-
-
-class StopAt:
-    """A listener that interrupts a run after some tensors."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def start(self, *_: int) -> None: ...
-    def advance(self, nbytes: int) -> None: ...
-    def finish(self) -> None: ...
-
-    def tensor_done(self, name: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -48,7 +33,7 @@ def ties(inputs: list[Path], **more: Any) -> ws.LazyCheckpoint:
 def interrupted(merged: ws.LazyCheckpoint, target: Path, count: int) -> set[str]:
     """Stop a run after some tensors, and return what its journal holds."""
     with pytest.raises(Interrupted):
-        merged.save(target, threads=1, shard_size=9000, progress=StopAt(count))
+        merged.save(target, threads=1, shard_size=9000, progress=StopAt(count, KeyboardInterrupt()))
     lines = (target.parent / f".{target.name}.weightsmith" / "journal").read_text().splitlines()
     return {name for line in lines[1:] for name in json.loads(line)["done"]}
 
@@ -154,7 +139,7 @@ def test_results_that_one_run_let_pass_are_an_error_in_the_next(write_model, tmp
     large = {name: value * 60_000 for name, value in llama_tensors(0).items()}
     merged = ws.merge("linear", [write_model("a", large)], weight=1.0, dtype="float16")
     with pytest.raises(Interrupted):
-        merged.save(tmp_path / "out", threads=1, on_nonfinite="warn", progress=StopAt(8))
+        merged.save(tmp_path / "out", threads=1, on_nonfinite="warn", progress=StopAt(8, KeyboardInterrupt()))
     with pytest.raises(OutputError, match="results are NaN or infinite in float16"):
         merged.save(tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists()
@@ -167,7 +152,7 @@ def test_inputs_whose_content_alone_changed_are_found_where_they_are_hashed(inpu
     path = inputs[1] / "model.safetensors"
     facts, before = path.stat(), path.read_bytes()
     with pytest.raises(Interrupted):
-        ties(inputs).save(tmp_path / "out", threads=1, verify=verify, progress=StopAt(3))
+        ties(inputs).save(tmp_path / "out", threads=1, verify=verify, progress=StopAt(3, KeyboardInterrupt()))
     path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     if verify:

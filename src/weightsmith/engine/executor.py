@@ -96,12 +96,12 @@ class Done:
 
     def to_json(self) -> dict[str, Any]:
         """Return what a journal holds of it."""
-        return {"xxh3": self.digest.hash, "step": self.digest.step, "nonfinite": dict(self.nonfinite)}
+        return {"xxh3": str(self.digest), "nonfinite": dict(self.nonfinite)}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Done:
         """Read what :meth:`to_json` gave."""
-        return cls(Digest(entry["xxh3"], entry["step"]), entry["nonfinite"])
+        return cls(Digest.parse(entry["xxh3"]), entry["nonfinite"])
 
 
 def execute(
@@ -140,7 +140,6 @@ def execute(
 
     run = _Run(plan, Shards(plan.layout, folder), record, listener or Silent(), backend, on_nonfinite)
     try:
-        check_space(plan, folder)
         # A file that is not as it was left (a crash can lose it) holds nothing, whatever the journal says.
         whole = complete(plan.layout, folder)
         journal.forget(task.name for task in plan.tasks if not whole[plan.place(task).shard])
@@ -289,14 +288,12 @@ class _Run:
         self._prepare_groups(tasks, mapper)
         pending: deque[Future[None]] = deque()
         for task in tasks:
-            if task.size <= _TINY:
-                self._do(task, in_turn)
-            elif _is_small(task):
+            if _TINY < task.size <= _SMALL:
                 pending.append(mapper.submit(self._do, task, in_turn))
                 if len(pending) >= 4 * mapper.threads:
                     pending.popleft().result()
             else:
-                self._do(task, mapper)
+                self._do(task, in_turn if task.size <= _TINY else mapper)
             if self._failure is not None:
                 break
         while pending:
@@ -415,10 +412,6 @@ def _place_in_input(task: Task) -> tuple[str, int]:
 
 def _takes_matrices(tasks: Iterable[Task]) -> bool:
     return any(part.reads == "tensor" for task in tasks for part in computed_within(task.tensor))
-
-
-def _is_small(task: Task) -> bool:
-    return task.size <= _SMALL
 
 
 def _allocated(path: Path) -> int:

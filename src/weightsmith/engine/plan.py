@@ -100,8 +100,14 @@ class Plan:
 
     def peak_memory(self, threads: int) -> int:
         """Estimate the resident memory of a run with so many threads, in bytes."""
-        most = max((_task_memory(task) for task in self.tasks), default=0)
-        return _RESIDENT + threads * most + max((_statistic_memory(task) for task in self.tasks), default=0)
+        shared, of_a_thread = self._memory
+        return shared + threads * of_a_thread
+
+    @cached_property
+    def _memory(self) -> tuple[int, int]:
+        """Bytes held whatever the number of threads, and by each of them."""
+        selected = max((_statistic_memory(task) for task in self.tasks), default=0)
+        return _RESIDENT + selected, max((_task_memory(task) for task in self.tasks), default=0)
 
     def threads_within(self, memory: int, threads: int) -> int:
         """Return how many threads, at most so many, a run may use to stay within a number of bytes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from weightsmith import __version__, dtypes
@@ -39,9 +40,8 @@ def describe(
     inputs: Sequence[Identity],
     contents: Mapping[str, str],
     done: Mapping[str, Done] | None = None,
-    hashes: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Return the manifest of an output.
+    """Return the manifest of an output, without the hashes of headers and files beside the weights.
 
     Args:
         tasks: its tensors.
@@ -52,7 +52,6 @@ def describe(
         inputs: the files that are read.
         contents: path of an input -> hash of all of it, where that was asked for.
         done: what is known of the tensors; before they are computed, nothing.
-        hashes: the hashes of headers and other files.
     """
     return Manifest(
         version=__version__,
@@ -70,7 +69,7 @@ def describe(
             )
             for task in tasks
         },
-        files=hashes or {},
+        files={},
     )
 
 
@@ -92,7 +91,7 @@ def write_manifest(plan: Plan, content: Path, manifest: Manifest) -> None:
             relative = path.relative_to(content).as_posix()
             if relative not in hashes:
                 hashes[relative] = hash_file(path)
-    complete = Manifest(**{**vars(manifest), "files": dict(sorted(hashes.items()))})
+    complete = replace(manifest, files=dict(sorted(hashes.items())))
     (content / MANIFEST_FILE).write_text(complete.to_text() + "\n", "ascii")
 
 
