@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from weightsmith.cli.main import cli
-from weightsmith.methods.registry import Method, all_methods
+from weightsmith.methods.registry import all_methods
 from weightsmith.recipe.json_schema import json_schema
 
 PAGES = Path(__file__).parent / "reference"
@@ -81,14 +81,18 @@ def methods_page() -> str:
         "What each method declares about itself; `weightsmith methods NAME` prints the same. *Per model* "
         "parameters have one value for each model and may be given under it; all others have one value.",
         "",
-        "| method | base | models | |",
-        "|---|---|---|---|",
+        "| method | needs | |",
+        "|---|---|---|",
     ]
-    lines += [f"| [{m.name}](#{m.name}) | {m.base} | {_count(m)} | {m.summary} |" for m in methods]
+    lines += [f"| [{m.name}](#{m.name}) | {m.needs} | {m.summary} |" for m in methods]
     for method in methods:
         lines += ["", f"## {method.name}", "", method.description, ""]
+        if method.also:
+            lines += [f"**Also known as:** {', '.join(f'`{name}`' for name in method.also)}", ""]
+        lines += [f"**Needs:** {method.needs}", ""]
         if method.source:
             lines += [f"**Source:** {method.source}", ""]
+        lines += [f"**Cost:** {method.cost}", ""]
         if method.properties:
             lines += [f"**Properties:** {', '.join(sorted(method.properties))}", ""]
         if method.parameters:
@@ -106,14 +110,6 @@ def methods_page() -> str:
 
 def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
-
-
-def _count(method: Method) -> str:
-    if method.maximum is None:
-        return f"{method.minimum} or more"
-    if method.maximum == method.minimum:
-        return str(method.minimum)
-    return f"{method.minimum} to {method.maximum}"
 
 
 def cli_page() -> str:

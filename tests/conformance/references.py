@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -377,3 +378,25 @@ REFERENCES: dict[str, tuple[Callable[..., Array], list[dict[str, Any]]]] = {
     "nearswap": (nearswap, [{"t": 0.0}, {"t": 0.05}]),
     "arcee_fusion": (arcee_fusion, [{}]),
 }
+
+# Method and parameters: ways of computing that a method's example does not take.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {"weight": 0.5, "normalize": False}),
+    ("passthrough", {"scale": 0.5}),
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}),
+    ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("multislerp", {"weight": 0.5, "tangent": "projection"}),
+    ("model_stock", {"filter_wise": True}),
+    ("ties", {"weight": 0.5, "density": 0.3, "rescale": True, "trim_scope": "model"}),
+    ("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.2, "rescale": True}),
+    ("dare_linear", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
+    ("della", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
+    ("della_linear", {"weight": 0.5, "density": 0.3, "trim_scope": "tensor"}),
+    ("sce", {"select_topk": 1.0}),
+    ("ramplus_tl", {"count_scope": "tensor"}),
+]
+
+for family in ("robust", "transfer", "interference", "columns", "spectral", "continual"):
+    found = import_module(f"references_{family}")
+    REFERENCES |= found.REFERENCES
+    VARIANTS += found.VARIANTS

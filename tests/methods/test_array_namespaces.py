@@ -11,7 +11,7 @@ import pytest
 from weightsmith import conformance
 from weightsmith.engine.expression import columns
 from weightsmith.kernels import philox
-from weightsmith.methods.block import Block, Scope
+from weightsmith.methods.block import Block, Form, Scope
 from weightsmith.methods.registry import Method, all_methods
 from weightsmith.methods.settings import complete
 
@@ -38,7 +38,7 @@ def run(method: Method, models: list[Any], base: Any, wrap: Any) -> Any:
     """Drive a method on one block that holds the whole tensor."""
     given = conformance.parameters_for(method, len(models))
     parameters = complete(method, given, len(models), has_base=base is not None)
-    reads = method.reads(parameters)
+    reads = method.reads(parameters, Form(SHAPE))
     vector = columns(SHAPE, reads)
     shape = SHAPE if reads == "tensor" else (-1,) if reads == "elements" else (-1, vector)
 

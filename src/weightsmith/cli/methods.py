@@ -36,22 +36,13 @@ def command(name: str | None, as_json: bool, plugins: tuple[str, ...], check: bo
         _page(chosen[0])
     else:
         width = max(len(method.name) for method in chosen)
+        needs = max(len(method.needs) for method in chosen)
         for method in chosen:
-            click.echo(f"{method.name:{width}}  {_needs(method):24}  {method.summary}")
-
-
-def _needs(method: Method) -> str:
-    if method.maximum is None:
-        count = f"{method.minimum}+ models"
-    elif method.maximum == method.minimum:
-        count = f"{method.minimum} model{'s' if method.minimum > 1 else ''}"
-    else:
-        count = f"{method.minimum}-{method.maximum} models"
-    return count + {"required": ", a base", "optional": ", base optional", "unused": ""}[method.base]
+            click.echo(f"{method.name:{width}}  {method.needs:{needs}}  {method.summary}")
 
 
 def _page(method: Method) -> None:
-    click.echo(f"{method.name}: {_needs(method)}\n")
+    click.echo(f"{method.name}: {method.needs}\n")
     click.echo(method.description)
     if method.parameters:
         click.echo("\nParameters:")
@@ -61,7 +52,9 @@ def _page(method: Method) -> None:
         click.echo(f"  {parameter.name}  {parameter.range_text}{scope}; {default}")
         click.echo(f"      {parameter.about.description}")
     facts = [
+        ("Also known as", ", ".join(method.also)),
         ("Source", method.source),
+        ("Cost", method.cost),
         ("Random", "yes: the recipe's seed decides" if method.random else ""),
         ("Holds", ", ".join(sorted(method.properties))),
     ]
@@ -103,7 +96,10 @@ def _json(method: Method) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "description": method.description,
+        "also": list(method.also),
         "source": method.source,
+        "cost": method.cost,
+        "fisher": method.fisher,
         "base": method.base,
         "minimum_models": method.minimum,
         "maximum_models": method.maximum,

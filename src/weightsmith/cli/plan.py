@@ -49,7 +49,7 @@ def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: b
     count = threads or default_threads()
     if memory is not None:
         count = plan.threads_within(memory, count)
-    content = plan.to_json(count, tensors=as_json or tensors)
+    content = plan.to_json(count, memory=memory, tensors=as_json or tensors)
     if as_json:
         click.echo(json.dumps(content, indent=2))
         return
@@ -59,6 +59,9 @@ def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: b
         click.echo()
     click.echo(f"output      {len(plan.tasks):,} tensors, {content['parameters']:,} parameters")
     click.echo(f"methods     {', '.join(f'{name} on {count:,}' for name, count in content['methods'].items())}")
+    if content["decompositions"]:
+        operations = f"{content['matrix_operations']:.2g} operations"
+        click.echo(f"matrices    {content['decompositions']:,} decompositions, {operations}")
     click.echo(f"read        {size(content['bytes_read'])}, once per pass")
     click.echo(f"write       {size(content['bytes_written'])}")
     workers = f"{count} thread{'s' if count > 1 else ''}"

@@ -65,7 +65,7 @@ def merge_arrays(
         seed=seed,
     )
     evaluator = Evaluator(backend=choose_backend(device, backend))
-    with ThreadMapper(threads) as mapper:
+    with ThreadMapper(threads, matrices=tensor.reads == "tensor") as mapper:
         evaluator.prepare(tensor, mapper)
         stretches = blocks(tensor.size, tensor.columns, block_size)
         parts = list(mapper(lambda part: evaluator.result(tensor, *part, tensor.working)[0], stretches))

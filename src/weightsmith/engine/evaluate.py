@@ -18,7 +18,7 @@ from weightsmith.engine import fuse
 from weightsmith.engine.backend import NUMPY, Backend, Values
 from weightsmith.engine.expression import Computed, Group, columns, computed_within, is_made
 from weightsmith.kernels import philox
-from weightsmith.methods.block import Block, Scope, Sweep
+from weightsmith.methods.block import Block, OnDemand, Scope, Sweep
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -131,7 +131,7 @@ class Evaluator:
         inputs = self.inputs(tensor, program, start, stop)
         lost, found = program.compute(inputs, out, start, tensor.group.offset_of(tensor) + start)
         if self._counts_blocks:
-            self._report(tensor, found[: len(tensor.inputs)])
+            self._report(tensor, found[: len(_weights(tensor))])
         return out, lost
 
     def inputs(self, tensor: Computed, program: fuse.Fused, start: int, stop: int) -> list[Array]:
@@ -219,11 +219,11 @@ class Evaluator:
         """Report what is not finite in stored inputs; what is computed was counted where it was."""
         if self._on_nonfinite is None:
             return
-        arrays = block.models if tensor.base is None else (block.base, *block.models)
-        stored = [i for i, part in enumerate(tensor.inputs) if not isinstance(part, Computed)]
-        counts = [0] * len(arrays)
-        for i, count in zip(stored, self.backend.nonfinite([arrays[i] for i in stored]), strict=True):
-            counts[i] = count
+        counts = []
+        # One at a time: whole matrices are read when they are asked for.
+        for i, part in enumerate(_weights(tensor)):
+            array = block.base if tensor.base is not None and i == 0 else block.models[i - (tensor.base is not None)]
+            counts += [0] if isinstance(part, Computed) else self.backend.nonfinite([array])
         self._report(tensor, counts)
 
     def _report(self, tensor: Computed, counts: Sequence[int]) -> None:
@@ -245,21 +245,31 @@ class Evaluator:
         if offset is None:
             offset = tensor.group.offset_of(tensor)
 
-        def stretch(part: Tensor) -> Values:
+        def stretch(part: Tensor, casts: DType | None = tensor.casts) -> Values:
             values = self._values(part, start, stop, tensor.working)
-            if tensor.casts is not None:
-                values = self.backend.rounded(values, tensor.casts, tensor.working)
+            if casts is not None:
+                values = self.backend.rounded(values, casts, tensor.working)
             return values.reshape(shape)
 
         def draw(model: int) -> Values:
             key = philox.key_of(tensor.seed, tensor.name, tensor.labels[model])
             return self.backend.uniform(key, start, stop).reshape(shape)
 
+        models: Sequence[Values]
+        if tensor.reads == "tensor":
+            models = OnDemand(len(tensor.models), lambda i: stretch(tensor.models[i]))
+        else:
+            models = tuple(stretch(model) for model in tensor.models)
+        fishers = [None if one is None else stretch(one, None) for one in tensor.fishers]
+        base_fisher = fishers.pop(0) if fishers and tensor.base is not None else None
         return Block(
             base=None if tensor.base is None else stretch(tensor.base),
-            models=tuple(stretch(model) for model in tensor.models),
+            models=models,
             start=offset + start,
             draw=draw,
+            role=tensor.form.role,
+            fishers=tuple(fishers),
+            base_fisher=base_fisher,
         )
 
 
@@ -361,6 +371,11 @@ def _runs(group: Group) -> Iterator[_Stretch]:
         start = (position - before) // vector * vector
         stop = min(start + max(_RUN // vector, 1) * vector, member.size)
         yield member, start, stop, before
+
+
+def _weights(tensor: Computed) -> tuple[Tensor, ...]:
+    """Return the tensors whose weights are merged, the base's first."""
+    return tensor.models if tensor.base is None else (tensor.base, *tensor.models)
 
 
 def _block_shape(tensor: Computed, start: int, stop: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from weightsmith.engine.backend import NUMPY, Backend
 from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
 from weightsmith.engine.expression import Computed, carried, computed_within, stored_within
 from weightsmith.engine.journal import Journal
-from weightsmith.engine.plan import Plan, Task
+from weightsmith.engine.plan import Plan, Task, matrix_memory
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.shards import Nowhere, Shards, Sink, complete
 from weightsmith.engine.threads import ThreadMapper
@@ -113,6 +113,7 @@ def execute(
     listener: ProgressListener | None = None,
     backend: Backend = NUMPY,
     on_nonfinite: OnNonfinite = "error",
+    memory: int | None = None,
 ) -> dict[str, Done]:
     """Write the weights of a plan into a folder.
 
@@ -125,6 +126,7 @@ def execute(
         backend: whose arrays are computed on.
         on_nonfinite: what to do about results that are NaN or infinite where the inputs are not: ``error`` to
             stop, ``warn`` and ``ignore`` to go on.
+        memory: most bytes to hold; fewer matrices are worked on at a time where that takes it.
 
     Returns:
         What is known of every tensor of the output, by name.
@@ -138,7 +140,8 @@ def execute(
     def record(done: Mapping[str, Done]) -> None:
         journal.record({name: entry.to_json() for name, entry in done.items()})
 
-    run = _Run(plan, Shards(plan.layout, folder), record, listener or Silent(), backend, on_nonfinite)
+    sink = Shards(plan.layout, folder)
+    run = _Run(plan, sink, record, listener or Silent(), backend, on_nonfinite, memory=memory)
     try:
         # A file that is not as it was left (a crash can lose it) holds nothing, whatever the journal says.
         whole = complete(plan.layout, folder)
@@ -219,8 +222,10 @@ class _Run:
         backend: Backend,
         on_nonfinite: OnNonfinite,
         steps: Mapping[str, int] | None = None,
+        memory: int | None = None,
     ) -> None:
         self.plan = plan
+        self.room = plan.room_for_matrices(memory)
         self.sink = sink
         self.record = record
         self.listener = listener
@@ -283,12 +288,20 @@ class _Run:
             raise self._failure
 
     def _work(self, tasks: Iterable[Task], mapper: ThreadMapper) -> None:
-        """Do the tasks: tiny ones here, small ones whole, one a thread; large ones in turn, on all threads."""
+        """Do the tasks: tiny ones here, small ones and matrices whole, one a thread; large ones on all threads."""
         tasks = list(tasks)
         self._prepare_groups(tasks, mapper)
         pending: deque[Future[None]] = deque()
+        matrices: deque[tuple[Future[None], int]] = deque()
         for task in tasks:
-            if _TINY < task.size <= _SMALL:
+            held = matrix_memory(task)
+            if held:
+                while matrices and (
+                    len(matrices) >= mapper.threads or held + sum(taken for _, taken in matrices) > self.room
+                ):
+                    matrices.popleft()[0].result()
+                matrices.append((mapper.submit(self._do, task, in_turn), held))
+            elif _TINY < task.size <= _SMALL:
                 pending.append(mapper.submit(self._do, task, in_turn))
                 if len(pending) >= 4 * mapper.threads:
                     pending.popleft().result()
@@ -296,8 +309,8 @@ class _Run:
                 self._do(task, in_turn if task.size <= _TINY else mapper)
             if self._failure is not None:
                 break
-        while pending:
-            pending.popleft().result()
+        for future in (*pending, *(one for one, _ in matrices)):
+            future.result()
 
     def _prepare_groups(self, tasks: list[Task], mapper: ThreadMapper) -> None:
         """Compute the statistics that range over several tensors, before any of them is needed."""
@@ -306,7 +319,9 @@ class _Run:
                 group = part.group
                 wanted = part.method.statistic is not None and len(group.members) > 1
                 if wanted and id(group) not in self.shared:
-                    self.shared[id(group)] = run_statistic(self._evaluator(), group, mapper)
+                    held = max(matrix_memory(other) for other in tasks)
+                    limited = mapper.limited(max(min(self.room // held, mapper.threads), 1)) if held else mapper
+                    self.shared[id(group)] = run_statistic(self._evaluator(), group, limited)
 
     def _do(self, task: Task, mapper: Mapper) -> None:
         if self.stopping.is_set():

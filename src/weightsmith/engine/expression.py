@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
+from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType, working_dtype
+from weightsmith.methods.block import Form, Work
 from weightsmith.methods.registry import Granularity, Method
 
 
@@ -43,7 +46,8 @@ class Computed(Tensor):
         method: the method.
         base: the base's tensor, or None.
         models: the models' tensors.
-        inputs: the base's tensor, if there is one, and the models'.
+        fishers: importances of the base, if there is one, and of the models: a tensor or None for each; or empty.
+        inputs: all tensors that are read: the base's, if there is one, the models', and those of the importances.
         labels: a stable name for each model: random masks depend on it.
         parameters: the method's parameters, resolved for this tensor; per-model ones are tuples.
         seed: the recipe's seed.
@@ -69,6 +73,7 @@ class Computed(Tensor):
         group: Group | None = None,
         rounds: bool = False,
         casts: DType | None = None,
+        fishers: tuple[Tensor | None, ...] = (),
     ) -> None:
         self.name = name
         self.shape = models[0].shape
@@ -82,15 +87,28 @@ class Computed(Tensor):
         self.seed = seed
         self.rounds = rounds
         self.casts = casts
-        self.inputs = models if base is None else (base, *models)
-        self.working = working_dtype([_working_of(tensor) for tensor in self.inputs])
+        self.fishers = fishers
+        weights = models if base is None else (base, *models)
+        self.inputs = (*weights, *(one for one in fishers if one is not None))
+        self.working = working_dtype([_working_of(tensor) for tensor in weights])
         self.group = group or Group()
         self.group.add(self)
 
-    @property
+    @cached_property
+    def form(self) -> Form:
+        """What the method may know of this tensor before it is read."""
+        return Form(self.shape, role(self.name))
+
+    @cached_property
     def reads(self) -> Granularity:
         """What a block of this tensor must hold."""
-        return self.method.reads(self.parameters)
+        return self.method.reads(self.parameters, self.form)
+
+    @cached_property
+    def work(self) -> Work | None:
+        """What the method's linear algebra costs here."""
+        work = self.method.work
+        return None if work is None else work(self.parameters, self.form, len(self.models))
 
     @property
     def columns(self) -> int:

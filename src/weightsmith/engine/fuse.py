@@ -155,7 +155,9 @@ def signature(tensor: Computed) -> tuple[Any, ...]:
     name = (tensor.name, tensor.seed, tensor.labels) if tensor.method.random else None
     sources = tuple((source_dtype(part, tensor.working), isinstance(part, Computed)) for part in tensor.inputs)
     rows = columns(tensor.shape, tensor.reads)
-    return name, sources, tensor.working, tensor.casts, tensor.base is None, tensor.reads, rows
+    importances = tuple(one is not None for one in tensor.fishers)
+    role = tensor.form.role
+    return name, sources, tensor.working, tensor.casts, tensor.base is None, tensor.reads, rows, role, importances
 
 
 def source_dtype(part: Tensor, working: DType) -> DType:
@@ -189,12 +191,15 @@ def _compiled(tensor: Computed, terminals: Any, request: Request | None, counts:
 
 
 def _symbolic(tensor: Computed, recorder: Recorder, *, counted: bool) -> SymbolicBlock:
+    weights = len(tensor.models) + (tensor.base is not None)
+
     def source(slot: int, part: Tensor) -> Lazy:
         # Like the plain way, this counts what is not finite in stored tensors alone: others have been counted.
-        count = slot if counted and not isinstance(part, Computed) else -1
+        weight = slot < weights
+        count = slot if weight and counted and not isinstance(part, Computed) else -1
         dtype = source_dtype(part, tensor.working)
         value = load(recorder, slot, dtype, tensor.working, count)
-        if tensor.casts is not None and dtype != tensor.casts:
+        if weight and tensor.casts is not None and dtype != tensor.casts:
             value = rounded(recorder, value, tensor.casts)
         return value
 
@@ -206,11 +211,18 @@ def _symbolic(tensor: Computed, recorder: Recorder, *, counted: bool) -> Symboli
         return recorder.record("uniform", (), kind="f32", single=False, numbers=key)
 
     values = [source(slot, part) for slot, part in enumerate(tensor.inputs)]
+    base = None if tensor.base is None else values.pop(0)
+    models = tuple(values[: len(tensor.models)])
+    given = iter(values[len(models) :])
+    fishers = [None if one is None else next(given) for one in tensor.fishers]
     return SymbolicBlock(
-        base=None if tensor.base is None else values[0],
-        models=tuple(values if tensor.base is None else values[1:]),
+        base=base,
+        models=models,
         start=Unknown(),  # type: ignore[arg-type]
         draw=draw,
+        role=tensor.form.role,
+        base_fisher=fishers.pop(0) if fishers and base is not None else None,
+        fishers=tuple(fishers),
     )
 
 

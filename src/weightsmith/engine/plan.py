@@ -16,12 +16,15 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.backend import BLOCK, SWEEP
 from weightsmith.engine.expression import Computed, computed_within, stored_within
 from weightsmith.errors import PlanError
+from weightsmith.methods.block import Work
 from weightsmith.methods.statistics import MOST_GATHERED
 
 # What the interpreter, the libraries and the plan hold, with what the allocator keeps: measured, with a margin.
 _RESIDENT = 90_000_000
 # Working arrays of a block beside its inputs: delta, magnitude, mask, random numbers, sum and result.
 _TEMPORARIES = 8
+# Most bytes that whole matrices may take together, unless a person says another number or a single one needs more.
+MATRIX_MEMORY = 3_800_000_000
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,40 @@ class Plan:
         """Method name -> number of tensors it is applied to; ``carried`` counts those that are copied."""
         return dict(Counter(name for task in self.tasks for name in _methods(task.tensor)))
 
-    def peak_memory(self, threads: int) -> int:
-        """Estimate the resident memory of a run with so many threads, in bytes."""
-        shared, of_a_thread = self._memory
-        return shared + threads * of_a_thread
+    def peak_memory(self, threads: int, memory: int | None = None) -> int:
+        """Estimate the resident memory of a run with so many threads, in bytes.
+
+        Args:
+            threads: how many threads it uses.
+            memory: most bytes that it is to hold, if a person says so: fewer matrices are then worked on at a time.
+        """
+        shared, of_a_thread, of_a_matrix = self._memory
+        matrices = max(of_a_matrix, min(threads * of_a_matrix, self.room_for_matrices(memory)))
+        return shared + max(threads * of_a_thread, matrices)
+
+    def room_for_matrices(self, memory: int | None = None) -> int:
+        """Return how many bytes matrices may take that are worked on at the same time."""
+        return MATRIX_MEMORY if memory is None else max(memory - self._memory[0], 0)
 
     @cached_property
-    def _memory(self) -> tuple[int, int]:
-        """Bytes held whatever the number of threads, and by each of them."""
+    def work(self) -> Work:
+        """What the linear algebra of the methods costs in all, and the most that is held for one matrix."""
+        parts = [part for task in self.tasks for part in computed_within(task.tensor)]
+        # A statistic over several tensors computes what the result rests on, which is then computed again.
+        done = [part.work for part in parts for _ in range(1 + (part.method.statistic is not None)) if part.work]
+        return Work(
+            sum(work.operations for work in done),
+            max((work.elements for work in done), default=0),
+            sum(work.decompositions for work in done),
+        )
+
+    @cached_property
+    def _memory(self) -> tuple[int, int, int]:
+        """Bytes held whatever the number of threads, by each of them, and by one that works on a matrix."""
         selected = max((_statistic_memory(task) for task in self.tasks), default=0)
-        return _RESIDENT + selected, max((_task_memory(task) for task in self.tasks), default=0)
+        matrices = [matrix_memory(task) for task in self.tasks]
+        others = (_task_memory(task) for task, matrix in zip(self.tasks, matrices, strict=True) if not matrix)
+        return _RESIDENT + selected, max(others, default=0), max(matrices, default=0)
 
     def threads_within(self, memory: int, threads: int) -> int:
         """Return how many threads, at most so many, a run may use to stay within a number of bytes.
@@ -116,19 +143,20 @@ class Plan:
             PlanError: if one thread needs more; the message names the largest tensor and both numbers.
         """
         for count in range(threads, 0, -1):
-            if self.peak_memory(count) <= memory:
+            if self.peak_memory(count, memory) <= memory:
                 return count
-        largest = max(self.tasks, key=_task_memory)
+        largest = max(self.tasks, key=lambda task: matrix_memory(task) or _task_memory(task))
         raise PlanError(
             f"{largest.name} needs about {self.peak_memory(1) / 1e6:,.0f} MB of memory in one thread, and "
             f"--memory allows {memory / 1e6:,.0f} MB: allow more, or leave the tensor out"
         )
 
-    def to_json(self, threads: int, *, tensors: bool = True) -> dict[str, Any]:
+    def to_json(self, threads: int, *, memory: int | None = None, tensors: bool = True) -> dict[str, Any]:
         """Return the plan as JSON values.
 
         Args:
             threads: threads to estimate the memory for.
+            memory: most bytes that the run is to hold, if a person says so.
             tensors: whether to list the tensors, in the order of the output.
         """
         listed = {"tensors": [self._task_json(task) for task in self.tasks]} if tensors else {}
@@ -140,9 +168,11 @@ class Plan:
             ],
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "peak_memory": self.peak_memory(threads),
+            "peak_memory": self.peak_memory(threads, memory),
             "parameters": self.parameters,
             "methods": self.methods,
+            "matrix_operations": self.work.operations,
+            "decompositions": self.work.decompositions,
             "warnings": list(self.warnings),
         }
 
@@ -183,10 +213,22 @@ def _task_memory(task: Task) -> int:
     """Estimate the bytes that one thread holds while it works on a task."""
     held = 0
     for part in computed_within(task.tensor):
-        whole = part.reads == "tensor"
-        elements = part.size if whole else max(min(part.size, max(BLOCK, SWEEP)), part.columns)
+        elements = max(min(part.size, max(BLOCK, SWEEP)), part.columns)
         held += elements * part.working.itemsize * (len(part.inputs) + _TEMPORARIES)
     return held or min(task.nbytes, BLOCK * 8)
+
+
+def matrix_memory(task: Task) -> int:
+    """Estimate the bytes that a task holds that works on whole matrices; 0 for any other."""
+    held = 0
+    for part in computed_within(task.tensor):
+        if part.reads == "tensor":
+            # The base, a model, its task vector and the result; or of a method that says nothing, all there is.
+            elements = 4 * part.size + part.work.elements if part.work else (len(part.inputs) + 4) * part.size
+            held += elements * part.working.itemsize
+        elif held:
+            held += min(part.size, BLOCK) * part.working.itemsize * (len(part.inputs) + _TEMPORARIES)
+    return held
 
 
 def _json(parameters: Mapping[str, Any]) -> dict[str, Any]:

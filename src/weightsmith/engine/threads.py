@@ -33,20 +33,28 @@ class ThreadMapper:
 
         Args:
             threads: how many threads to use.
-            matrices: whether functions work on whole matrices. Linear algebra brings threads of its own, and
-                threads times threads on few cores wait for each other: it is kept to one in each of ours.
+            matrices: whether functions work on whole matrices. Linear algebra brings threads of its own. It is kept
+                to one in each of ours: sums that it divides among threads depend on their number in the last digit,
+                and threads times threads on few cores wait for each other.
         """
         keep_freed_memory()
         self.threads = max(threads, 1)
         self._pool = ThreadPoolExecutor(self.threads, "weightsmith") if self.threads > 1 else None
         self._limits: Any = None
-        if matrices and self._pool is not None:
+        if matrices:
             from threadpoolctl import threadpool_limits
 
             self._limits = threadpool_limits(1, user_api="blas")
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterator[Result]:
         """Yield the function's results in the order of the items."""
+        return self._map(function, items, 2 * self.threads)
+
+    def limited(self, count: int) -> Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]:
+        """Return a mapper on this pool that works on so many items at a time, at most."""
+        return lambda function, items: self._map(function, items, count)
+
+    def _map(self, function: Callable[[Item], Result], items: Iterable[Item], outstanding: int) -> Iterator[Result]:
         if self._pool is None:
             yield from map(function, items)
             return
@@ -54,7 +62,7 @@ class ThreadMapper:
         try:
             for item in items:
                 pending.append(self._pool.submit(function, item))
-                if len(pending) >= 2 * self.threads:
+                if len(pending) >= outstanding:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

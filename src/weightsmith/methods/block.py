@@ -5,7 +5,7 @@ Nothing here imports NumPy, so that ``weightsmith methods`` can list every metho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -55,6 +55,52 @@ class Scope:
     models: int
 
 
+class OnDemand(Sequence[Array]):
+    """Arrays that are made when they are asked for, and not kept."""
+
+    def __init__(self, count: int, make: Callable[[int], Array]) -> None:
+        self._count = count
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            chosen = range(self._count)[index]
+            return OnDemand(len(chosen), lambda i: self._make(chosen[i]))
+        return self._make(range(self._count)[index])
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a method may know of a tensor before it is read.
+
+    Attributes:
+        shape: the lengths of its axes.
+        role: what it is for, as far as its name tells: ``embedding``, ``head``, ``norm``, ``mlp``, ... or ``other``;
+            see :func:`weightsmith.architecture.stacks.role`.
+    """
+
+    shape: tuple[int, ...]
+    role: str = "other"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What linear algebra on whole matrices costs.
+
+    Attributes:
+        operations: floating-point operations.
+        elements: elements of the working dtype that are held at a time.
+        decompositions: singular value decompositions.
+    """
+
+    operations: float
+    elements: int
+    decompositions: int = 0
+
+
 @dataclass(frozen=True)
 class Block:
     """A stretch of one tensor from the base and from every model, in the working dtype (float32 or float64).
@@ -64,7 +110,8 @@ class Block:
     - ``elements``: ``[n]``, any n consecutive elements;
     - ``rows``: ``[r, c]``, r whole vectors along the last axis (a 1-D tensor or a scalar is one row);
     - ``filters``: ``[r, c]``, r whole slices along the first axis, flattened (a 1-D tensor is one slice);
-    - ``tensor``: the tensor's own shape, all of it.
+    - ``tensor``: the tensor's own shape, all of it. Models and task vectors are then read when they are asked for and
+      not kept: go through them one at a time, and memory does not grow with their number.
 
     Attributes:
         base: the base's stretch, or None where there is no base.
@@ -73,18 +120,26 @@ class Block:
             scope is a layer or the model, in the sequence of all tensors of that scope.
         draw: ``draw(i)`` gives uniform random numbers in [0, 1) for model i, float32, in the blocks' shape;
             they depend on seed, tensor, model and element alone.
+        role: what the tensor is for; see :class:`Form`.
+        fishers: one stretch of importances per model, None for a model without; empty where none has any.
+        base_fisher: the base's importances, or None.
     """
 
     base: Array
-    models: tuple[Array, ...]
+    models: Sequence[Array]
     start: int
     draw: Callable[[int], Array]
+    role: str = "other"
+    fishers: tuple[Array | None, ...] = ()
+    base_fisher: Array | None = None
 
     @cached_property
-    def deltas(self) -> tuple[Array, ...]:
+    def deltas(self) -> Sequence[Array]:
         """The task vectors: every model minus the base (the models themselves where there is no base)."""
         if self.base is None:
             return self.models
+        if isinstance(self.models, OnDemand):
+            return OnDemand(len(self.models), lambda i: self.models[i] - self.base)
         return tuple(model - self.base for model in self.models)
 
     @cached_property
@@ -92,19 +147,20 @@ class Block:
         """The array namespace (NumPy, torch, ...) that the arrays belong to."""
         from array_api_compat import array_namespace
 
-        return array_namespace(*self.models)
+        return array_namespace(self.models[0] if self.base is None else self.base)
 
     @cached_property
     def positions(self) -> Array:
         """Index of every element in the statistic's scope: int64, in the blocks' shape."""
         from array_api_compat import device
 
-        shape = self.models[0].shape
+        first = self.models[0] if self.base is None else self.base
+        shape = first.shape
         size = 1
         for length in shape:
             size *= length
         xp = self.xp
-        flat = xp.arange(self.start, self.start + size, dtype=xp.int64, device=device(self.models[0]))
+        flat = xp.arange(self.start, self.start + size, dtype=xp.int64, device=device(first))
         return xp.reshape(flat, shape)
 
 

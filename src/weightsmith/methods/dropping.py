@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from weightsmith.errors import MethodError
-from weightsmith.methods.block import Array, Block, Scope, Statistic, rank_in_rows
+from weightsmith.methods.block import Array, Block, Form, Scope, Statistic, rank_in_rows
 from weightsmith.methods.deltas import Density, Int8Mask, Lambda, Normalize, Scoped, Weight, combine, l1_ratios
 from weightsmith.methods.registry import Granularity, Param, PerModel, method
 from weightsmith.methods.statistics import leading_bits
@@ -119,7 +119,7 @@ def _chances_in_bounds(parameters: Mapping[str, Any]) -> None:
             )
 
 
-def _della_reads(parameters: Mapping[str, Any]) -> Granularity:
+def _della_reads(parameters: Mapping[str, Any], form: Form) -> Granularity:
     return "filters" if parameters["trim_scope"] == "row" else "elements"
 
 

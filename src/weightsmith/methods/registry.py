@@ -15,17 +15,33 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from weightsmith.errors import MethodError, did_you_mean
+from weightsmith.methods.block import Form, Work
 from weightsmith.methods.parameters import Param, Parameter, PerModel, read_parameters
 
 __all__ = ["Method", "Param", "PerModel", "all_methods", "get_method", "load_plugin", "method"]
 
 Granularity = Literal["elements", "rows", "filters", "tensor"]
 BasePolicy = Literal["required", "optional", "unused"]
+FisherPolicy = Literal["required", "optional", "unused"]
 Property = Literal["idempotent", "symmetric", "translates", "removable"]
 TrimScope = Literal["tensor", "layer", "model"]
 
 # Importing a family registers its methods. A new family is added here and nowhere else.
-_FAMILIES = ("linear", "spherical", "deltas", "dropping", "consensus", "selective", "stock")
+_FAMILIES = (
+    "linear",
+    "robust",
+    "spherical",
+    "deltas",
+    "transfer",
+    "dropping",
+    "consensus",
+    "interference",
+    "selective",
+    "stock",
+    "columns",
+    "spectral",
+    "continual",
+)
 _ENTRY_POINTS = "weightsmith.methods"
 
 
@@ -43,13 +59,17 @@ class Method:
         minimum: least number of models, the base not counted.
         maximum: greatest number of models, or None.
         parameters: by name, in order.
-        reads: parameters -> what a block must hold.
+        reads: parameters and a tensor's form -> what a block must hold.
+        work: None, or parameters, a tensor's form and the number of models -> what its linear algebra costs there;
+            None of it where it has none.
         statistic: None, or ``statistic(scope, **parameters)``, a generator
             (:data:`~weightsmith.methods.block.Statistic`); it is given those parameters that it names.
         scope: name of the parameter that says what the statistic ranges over (``tensor``, ``layer`` or
             ``model``), or None for the tensor.
         selects: whether its statistic selects by rank, and so holds candidates in memory.
         random: whether it draws random numbers.
+        fisher: whether it needs, can use, or has no use for checkpoints of importances of the weights.
+        also: other names under which the same formula is published.
         check: None, or a function that raises MethodError for parameters that do not go together.
         properties: what the conformance battery may expect: ``idempotent`` (copies of one model give that
             model, weights being equal and normalised), ``symmetric`` (order of models does not matter),
@@ -70,12 +90,15 @@ class Method:
     minimum: int
     maximum: int | None
     parameters: Mapping[str, Parameter]
-    reads: Callable[[Mapping[str, Any]], Granularity]
+    reads: Callable[[Mapping[str, Any], Form], Granularity]
+    work: Callable[[Mapping[str, Any], Form, int], Work | None] | None = None
     statistic: Callable[..., Any] | None = None
     statistic_parameters: tuple[str, ...] = ()
     scope: str | None = None
     selects: bool = False
     random: bool = False
+    fisher: FisherPolicy = "unused"
+    also: tuple[str, ...] = ()
     check: Callable[[Mapping[str, Any]], None] | None = None
     properties: frozenset[Property] = frozenset()
     carries: Callable[[Mapping[str, Any]], bool] | None = None
@@ -86,6 +109,28 @@ class Method:
     def summary(self) -> str:
         """The first line of the description."""
         return self.description.split("\n", 1)[0]
+
+    @property
+    def cost(self) -> str:
+        """What it costs, in words."""
+        if self.work is not None:
+            return "takes whole matrices apart; 'weightsmith plan' counts the decompositions and operations"
+        if self.statistic is None:
+            return "one pass over the data"
+        return "some passes over the data: first for what it must know of a whole tensor, last for the result"
+
+    @property
+    def needs(self) -> str:
+        """What it is to be given, in words."""
+        if self.maximum is None:
+            count = f"{self.minimum} or more models"
+        elif self.maximum == self.minimum:
+            count = f"{self.minimum} model{'s' if self.minimum > 1 else ''}"
+        else:
+            count = f"{self.minimum} to {self.maximum} models"
+        base = {"required": ", a base", "optional": ", a base if there is one", "unused": ""}[self.base]
+        fisher = {"required": ", Fisher checkpoints", "optional": ", Fisher checkpoints if there are any", "unused": ""}
+        return count + base + fisher[self.fisher]
 
     def parameter(self, name: str) -> Parameter:
         """Return the parameter of that name.
@@ -117,6 +162,8 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+# Another name -> the method's.
+_ALSO: dict[str, str] = {}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -126,11 +173,14 @@ def method(
     base: BasePolicy = "unused",
     minimum: int = 1,
     maximum: int | None = None,
-    reads: Granularity | Callable[[Mapping[str, Any]], Granularity] = "elements",
+    reads: Granularity | Callable[[Mapping[str, Any], Form], Granularity] = "elements",
+    work: Callable[[Mapping[str, Any], Form, int], Work | None] | None = None,
     statistic: Callable[..., Any] | None = None,
     scope: str | None = None,
     selects: bool = False,
     random: bool = False,
+    fisher: FisherPolicy = "unused",
+    also: Iterable[str] = (),
     check: Callable[[Mapping[str, Any]], None] | None = None,
     properties: Iterable[Property] = (),
     carries: Callable[[Mapping[str, Any]], bool] | None = None,
@@ -148,9 +198,12 @@ def method(
 
     def decorate(function: Function) -> Function:
         chosen = name or function.__name__
-        taken = _METHODS.get(chosen)
-        if taken is not None and not _same_function(taken.function, function):
-            raise MethodError(f"there is a method {chosen!r} already, from {taken.function.__module__}")
+        names = (chosen, *also)
+        for one in names:
+            taken = _METHODS.get(_ALSO.get(one, one))
+            if taken is not None and not _same_function(taken.function, function):
+                raise MethodError(f"there is a method {one!r} already, from {taken.function.__module__}")
+        _ALSO.update(dict.fromkeys(names[1:], chosen))
         parameters = read_parameters(function, chosen)
         _METHODS[chosen] = Method(
             name=chosen,
@@ -161,12 +214,15 @@ def method(
             minimum=minimum,
             maximum=maximum,
             parameters=parameters,
-            reads=reads if callable(reads) else (lambda _: reads),
+            reads=reads if callable(reads) else (lambda *_: reads),
+            work=work,
             statistic=statistic,
             statistic_parameters=_named_by(statistic, parameters, chosen),
             scope=scope,
             selects=selects,
             random=random,
+            fisher=fisher,
+            also=names[1:],
             check=check,
             properties=frozenset(properties),
             carries=carries,
@@ -179,18 +235,19 @@ def method(
 
 
 def get_method(name: str) -> Method:
-    """Return the method of that name, from this package, a plugin or an installed entry point.
+    """Return the method of that name, or that is known by it as well, from here, a plugin or an entry point.
 
     Raises:
         MethodError: if there is no such method; the nearest known name is suggested.
     """
     _load_families()
-    if name not in _METHODS:
+    if _ALSO.get(name, name) not in _METHODS:
         _load_entry_points()
-    found = _METHODS.get(name)
+    found = _METHODS.get(_ALSO.get(name, name))
     if found is None:
         raise MethodError(
-            f"there is no method {name!r}{did_you_mean(name, _METHODS)}; 'weightsmith methods' lists them all"
+            f"there is no method {name!r}{did_you_mean(name, [*_METHODS, *_ALSO])}; "
+            "'weightsmith methods' lists them all"
         )
     return found
 

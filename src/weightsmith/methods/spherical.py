@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from weightsmith.methods.block import Array, Block, Scope, Statistic
+from weightsmith.methods.block import Array, Block, Form, Scope, Statistic
 from weightsmith.methods.linear import weights_have_a_sum
 from weightsmith.methods.registry import Granularity, Param, PerModel, method
 from weightsmith.methods.statistics import gram
@@ -79,7 +79,7 @@ def slerp(
     return _combine(slerp_coefficients(products, t), (block.base, *block.models))
 
 
-def _nuslerp_reads(parameters: Mapping[str, Any]) -> Granularity:
+def _nuslerp_reads(parameters: Mapping[str, Any], form: Form) -> Granularity:
     if parameters["nuslerp_flatten"]:
         return "elements"
     return "tensor" if parameters["nuslerp_row_wise"] else "rows"

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from weightsmith.methods.block import Array, Block, Scope, Statistic
+from weightsmith.methods.block import Array, Block, Form, Scope, Statistic
 from weightsmith.methods.registry import Granularity, Param, method
 from weightsmith.methods.statistics import gram
 
 
-def _reads(parameters: Mapping[str, Any]) -> Granularity:
+def _reads(parameters: Mapping[str, Any], form: Form) -> Granularity:
     return "rows" if parameters["filter_wise"] else "elements"
 
 

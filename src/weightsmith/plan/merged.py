@@ -206,6 +206,7 @@ class LazyCheckpoint(Checkpoint):
                     listener=progress,
                     backend=chosen,
                     on_nonfinite=on_nonfinite,
+                    memory=memory,
                 )
                 resumed = len(journal.finished)
             finally:

@@ -1,0 +1,1 @@
+"""Models that arrive one after the other."""

@@ -1,0 +1,1 @@
+"""Methods that decide entry by entry which task vectors take part."""

@@ -1,0 +1,1 @@
+"""Arithmetic on task vectors between bases, and interpolation between two models."""
