@@ -53,7 +53,7 @@ def run(method: Method, models: list[Any], base: Any, wrap: Any) -> Any:
     )
     statistic = None
     if method.statistic is not None:
-        generator = method.start_statistic(Scope(models[0].size, len(models)), parameters)
+        generator = method.start_statistic(Scope(models[0].size, len(models), Form(SHAPE)), parameters)
         try:
             sweep = next(generator)
             while True:

@@ -31,6 +31,8 @@ MANIFEST_KEY = "weightsmith"
 FORMAT = 1
 UNKNOWN = "0" * 32
 _STEP_DIGITS = 10
+# Sign, 17 digits with a point, and an exponent of up to three digits.
+_NUMBER_DIGITS = 24
 _SEAL = '"seal":"'
 _DIGEST = re.compile(r"[0-9a-f]{32}:[0-9a-f]{10}")
 # Blocks of one tensor: with the executor's, a tensor of two terabytes. A step of one byte would keep us for ever.
@@ -91,6 +93,8 @@ class Manifest:
         contents: path of an input -> hash of all of it, where that was asked for.
         tensors: every tensor by name.
         files: relative path -> hash of every other file, and of the header of every file of weights.
+        state: the parameters by which the output takes part in a merge that goes on with it, None for one whose value
+            is not known; or None where the merge cannot be gone on with.
     """
 
     version: str
@@ -101,6 +105,7 @@ class Manifest:
     contents: Mapping[str, str]
     tensors: Mapping[str, Entry]
     files: Mapping[str, str]
+    state: Mapping[str, float | None] | None = None
 
     def to_text(self) -> str:
         """Return the manifest as JSON, sealed. Its length depends on everything but the hashes."""
@@ -124,6 +129,8 @@ class Manifest:
             },
             "files": dict(self.files),
         }
+        if self.state is not None:
+            content["state"] = {name: _fixed(value) for name, value in self.state.items()}
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=True)
         return text.replace(_SEAL + UNKNOWN, _SEAL + hash_of(text.encode()), 1)
 
@@ -155,6 +162,7 @@ def read_manifest(text: str, where: str) -> Manifest:
             contents=_texts(content["contents"]),
             tensors={name: _entry(entry) for name, entry in _a(dict, content["tensors"]).items()},
             files=_texts(content["files"]),
+            state=_state(content["state"]) if "state" in content else None,
         )
     except CheckpointError:
         raise
@@ -190,6 +198,15 @@ def _count(value: Any, least: int = 0) -> int:
     if _a(int, value) < least:
         raise ValueError(f"{value} is below what it can be")
     return int(value)
+
+
+def _fixed(value: float | None) -> str:
+    """Write a number in full, in a text whose length is always the same."""
+    return ("" if value is None else f"{value:.16e}").ljust(_NUMBER_DIGITS)
+
+
+def _state(value: Any) -> dict[str, float | None]:
+    return {name: float(text) if text.strip() else None for name, text in _texts(value).items()}
 
 
 def _texts(value: Any) -> dict[str, str]:

@@ -288,10 +288,15 @@ def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) 
         vector = columns(member.shape, member.reads)
         stretches += [(member, start, stop, offset) for start, stop in blocks(member.size, vector, backend.sweep)]
         offset += member.size
-    scope = Scope(size=offset, models=len(first.models))
+    scope = Scope(offset, len(first.models), first.form if len(group.members) == 1 else None)
     generator = first.method.start_statistic(scope, first.parameters)
+
+    def next_sweep(found: list[Any] | None) -> Sweep:
+        with backend.computing():
+            return generator.send(found)  # type: ignore[no-any-return]
+
     try:
-        sweep: Sweep = next(generator)
+        sweep = next_sweep(None)
         while True:
             if sweep.sampled:
                 results = _visit_samples(evaluator, group, sweep, mapper)
@@ -299,11 +304,10 @@ def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) 
                 chosen = stretches if sweep.only is None else [stretches[sweep.only]]
                 results = mapper(_Visit(evaluator, sweep), chosen)
             if sweep.combine is None:
-                sweep = generator.send(list(results))
+                sweep = next_sweep(list(results))
             else:
                 head = next(results, None)
-                found = [] if head is None else [reduce(sweep.combine, results, head)]
-                sweep = generator.send(found)
+                sweep = next_sweep([] if head is None else [reduce(sweep.combine, results, head)])
     except StopIteration as end:
         return end.value
 

@@ -18,6 +18,7 @@ import numpy as np
 from weightsmith import dtypes
 from weightsmith.checkpoint.manifest import Digest, hash_part, join_parts
 from weightsmith.checkpoint.safetensors import StoredTensor
+from weightsmith.engine import state
 from weightsmith.engine.ahead import ReadAhead, input_width
 from weightsmith.engine.backend import NUMPY, Backend
 from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
@@ -104,6 +105,19 @@ class Done:
         return cls(Digest.parse(entry["xxh3"]), entry["nonfinite"])
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of an output that is written.
+
+    Attributes:
+        done: what is known of every tensor, by name.
+        state: the parameters by which the output takes part in a merge that goes on with it, or None.
+    """
+
+    done: Mapping[str, Done]
+    state: Mapping[str, float] | None
+
+
 def execute(
     plan: Plan,
     folder: Path,
@@ -114,7 +128,7 @@ def execute(
     backend: Backend = NUMPY,
     on_nonfinite: OnNonfinite = "error",
     memory: int | None = None,
-) -> dict[str, Done]:
+) -> Outcome:
     """Write the weights of a plan into a folder.
 
     Args:
@@ -129,7 +143,7 @@ def execute(
         memory: most bytes to hold; fewer matrices are worked on at a time where that takes it.
 
     Returns:
-        What is known of every tensor of the output, by name.
+        What is known of the output.
 
     Raises:
         Interrupted: on Ctrl-C; finished tensors are in the journal.
@@ -152,7 +166,7 @@ def execute(
             if task.name in journal.finished
         }
         run.check_finite(finished)
-        return finished | run.run(finished, threads)
+        return Outcome(finished | run.run(finished, threads), run.state)
     except OSError as error:
         raise OutputError(_os_error_text(error, folder)) from error
 
@@ -234,6 +248,7 @@ class _Run:
         self.steps = steps or {}
         self.stopping = threading.Event()
         self.shared: dict[int, Any] = {}
+        self.state: Mapping[str, float] | None = None
         self._done: dict[str, Done] = {}
         self._unrecorded: list[Task] = []
         self._lock = threading.Lock()
@@ -260,6 +275,8 @@ class _Run:
             with self.sink, self._recording(), ReadAhead(in_order) as self._ahead, mapper:
                 try:
                     self._work(in_order, mapper)
+                    if self._failure is None:
+                        self.state = state.find(self.plan.tasks, self._evaluator(), mapper)
                 except KeyboardInterrupt:
                     self.stopping.set()
                     raise Interrupted(

@@ -43,16 +43,32 @@ Statistic = Generator[Sweep, list[Any], Stat]
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a method may know of a tensor before it is read.
+
+    Attributes:
+        shape: the lengths of its axes.
+        role: what it is for, as far as its name tells: ``embedding``, ``head``, ``norm``, ``mlp``, ... or ``other``;
+            see :func:`weightsmith.architecture.stacks.role`.
+    """
+
+    shape: tuple[int, ...]
+    role: str = "other"
+
+
+@dataclass(frozen=True)
 class Scope:
     """What a statistic ranges over.
 
     Attributes:
         size: number of elements in all tensors of the scope.
         models: number of models, the base not counted.
+        form: what is known of the tensor, where the scope is one tensor.
     """
 
     size: int
     models: int
+    form: Form | None = None
 
 
 class OnDemand(Sequence[Array]):
@@ -70,20 +86,6 @@ class OnDemand(Sequence[Array]):
             chosen = range(self._count)[index]
             return OnDemand(len(chosen), lambda i: self._make(chosen[i]))
         return self._make(range(self._count)[index])
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a method may know of a tensor before it is read.
-
-    Attributes:
-        shape: the lengths of its axes.
-        role: what it is for, as far as its name tells: ``embedding``, ``head``, ``norm``, ``mlp``, ... or ``other``;
-            see :func:`weightsmith.architecture.stacks.role`.
-    """
-
-    shape: tuple[int, ...]
-    role: str = "other"
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from weightsmith.methods.block import Array, Block, Scope, Statistic
-from weightsmith.methods.registry import Param, PerModel, TrimScope, method
+from weightsmith.methods.registry import Continuation, Param, PerModel, TrimScope, method
 from weightsmith.methods.statistics import Cut, largest, totals
 
 Weight = Annotated[float, Param("factor on this model's task vector")]
@@ -58,9 +58,15 @@ def elect(xp: Any, deltas: Sequence[Array]) -> list[Array]:
     return [(positive & (delta > 0)) | (~positive & (delta < 0)) for delta in deltas]
 
 
+def _state(_: None, given: Mapping[str, Any], models: int) -> Mapping[str, float] | None:
+    # What was added to the base is added again as it is, whatever lambda the next merge multiplies with.
+    return None if given["normalize"] or not given["lambda"] else {"weight": 1.0 / given["lambda"]}
+
+
 @method(
     base="required",
     minimum=1,
+    continues=Continuation(("weight",), _state),
     properties=("symmetric", "translates", "removable"),
     source="Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv:2212.04089",
     example={"weight": 0.5},

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from weightsmith.errors import MethodError
 from weightsmith.methods.block import Array, Block
-from weightsmith.methods.registry import Param, PerModel, method
+from weightsmith.methods.registry import Continuation, Param, PerModel, method
 
 
 def weights_have_a_sum(parameters: Mapping[str, Any]) -> None:
@@ -22,6 +22,10 @@ def weights_have_a_sum(parameters: Mapping[str, Any]) -> None:
 @method(
     minimum=1,
     check=weights_have_a_sum,
+    # The mean of a mean of n and of another is that of n + 1, if the first counts n times.
+    continues=Continuation(
+        ("weight",), lambda _, given, models: {"weight": math.fsum(given["weight"]) if given["normalize"] else 1.0}
+    ),
     properties=("idempotent", "symmetric", "removable", "translates"),
     source="Wortsman et al., Model soups, ICML 2022, arXiv:2203.05482 (uniform soup: equal weights)",
     example={"weight": 1.0},

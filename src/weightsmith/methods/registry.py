@@ -18,7 +18,7 @@ from weightsmith.errors import MethodError, did_you_mean
 from weightsmith.methods.block import Form, Work
 from weightsmith.methods.parameters import Param, Parameter, PerModel, read_parameters
 
-__all__ = ["Method", "Param", "PerModel", "all_methods", "get_method", "load_plugin", "method"]
+__all__ = ["Continuation", "Method", "Param", "PerModel", "all_methods", "get_method", "load_plugin", "method"]
 
 Granularity = Literal["elements", "rows", "filters", "tensor"]
 BasePolicy = Literal["required", "optional", "unused"]
@@ -43,6 +43,20 @@ _FAMILIES = (
     "continual",
 )
 _ENTRY_POINTS = "weightsmith.methods"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a merge is gone on with: its result becomes the first model of the next.
+
+    Attributes:
+        parameters: names of the parameters by which a result takes part.
+        state: what the statistic found (None where the method has none), parameters and number of models -> their
+            values, or None where a merge with these cannot be gone on with.
+    """
+
+    parameters: tuple[str, ...] = ()
+    state: Callable[[Any, Mapping[str, Any], int], Mapping[str, float] | None] = lambda *_: {}
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class Method:
             (a model of weight 0 has no influence).
         carries: None, or parameters -> whether the result is the first model's tensor as it is; it is then
             copied, not computed.
+        continues: None, or how a merge is gone on with when further models arrive.
         compat: tool name -> parameter values that restore that tool's behaviour.
         example: parameters that show the method at work, for documentation and the battery; per-model ones
             hold a single value.
@@ -102,6 +117,7 @@ class Method:
     check: Callable[[Mapping[str, Any]], None] | None = None
     properties: frozenset[Property] = frozenset()
     carries: Callable[[Mapping[str, Any]], bool] | None = None
+    continues: Continuation | None = None
     compat: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     example: Mapping[str, Any] = field(default_factory=dict)
 
@@ -184,6 +200,7 @@ def method(
     check: Callable[[Mapping[str, Any]], None] | None = None,
     properties: Iterable[Property] = (),
     carries: Callable[[Mapping[str, Any]], bool] | None = None,
+    continues: Continuation | None = None,
     source: str = "",
     compat: Mapping[str, Mapping[str, Any]] | None = None,
     example: Mapping[str, Any] | None = None,
@@ -226,6 +243,7 @@ def method(
             check=check,
             properties=frozenset(properties),
             carries=carries,
+            continues=continues,
             compat=compat or {},
             example=example or {},
         )

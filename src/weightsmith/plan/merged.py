@@ -198,7 +198,7 @@ class LazyCheckpoint(Checkpoint):
                 journal = Journal(staging.journal, _run_identity(plan, chosen, contents))
                 staging.keep({shard.path for shard in plan.layout.shards})
             try:
-                done = execute(
+                outcome = execute(
                     plan,
                     staging.content,
                     journal,
@@ -220,7 +220,7 @@ class LazyCheckpoint(Checkpoint):
                 shard_size=shard_size,
                 inputs=self.identities,
                 contents=contents,
-                done=done,
+                outcome=outcome,
             )
             notes: list[str] = []
             with staging.writing():
@@ -236,7 +236,7 @@ class LazyCheckpoint(Checkpoint):
             resumed=resumed,
             nbytes=plan.bytes_written,
             seconds=time.monotonic() - started,
-            nonfinite=() if on_nonfinite == "ignore" else nonfinite_of(done),
+            nonfinite=() if on_nonfinite == "ignore" else nonfinite_of(outcome.done),
             warnings=tuple(dict.fromkeys((*plan.warnings, *notes))),
         )
 

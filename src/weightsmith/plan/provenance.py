@@ -24,7 +24,8 @@ from weightsmith.checkpoint.manifest import (
 )
 from weightsmith.checkpoint.staging import raise_it
 from weightsmith.checkpoint.storage import open_source
-from weightsmith.engine.executor import Done
+from weightsmith.engine import state
+from weightsmith.engine.executor import Outcome
 from weightsmith.engine.plan import Plan, Task
 
 _NOT_YET = Digest(UNKNOWN, 0)
@@ -39,7 +40,7 @@ def describe(
     shard_size: int,
     inputs: Sequence[Identity],
     contents: Mapping[str, str],
-    done: Mapping[str, Done] | None = None,
+    outcome: Outcome | None = None,
 ) -> Manifest:
     """Return the manifest of an output, without the hashes of headers and files beside the weights.
 
@@ -51,8 +52,9 @@ def describe(
         shard_size: most bytes of tensors in a file.
         inputs: the files that are read.
         contents: path of an input -> hash of all of it, where that was asked for.
-        done: what is known of the tensors; before they are computed, nothing.
+        outcome: what is known of the output; before it is computed, nothing.
     """
+    found = (outcome.state if outcome else None) or {}
     return Manifest(
         version=__version__,
         arithmetic=arithmetic,
@@ -65,11 +67,13 @@ def describe(
                 dtypes.code_of(task.dtype),
                 task.shape,
                 files[task.name],
-                _NOT_YET if done is None else done[task.name].digest,
+                _NOT_YET if outcome is None else outcome.done[task.name].digest,
             )
             for task in tasks
         },
         files={},
+        # None where the merge cannot be gone on with; which parameters there are is known before their values.
+        state={name: found.get(name) for name in state.names(tasks)} if state.continuing(tasks) else None,
     )
 
 
