@@ -18,22 +18,20 @@ from weightsmith.checkpoint.manifest import (
     hash_file,
     hash_of,
     hash_range,
-    is_like_manifest,
     join_parts,
+    manifest_of,
+    manifest_text,
     read_manifest,
     steps,
 )
-from weightsmith.checkpoint.safetensors import StoredTensor, read_header, read_metadata
-from weightsmith.checkpoint.storage import LocalSource, check_inside, read_whole
+from weightsmith.checkpoint.safetensors import StoredTensor, read_header
+from weightsmith.checkpoint.storage import LocalSource, check_inside
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import CheckpointError, WeightsmithError
 
 if TYPE_CHECKING:
     from weightsmith.engine.plan import Plan
-
-# A manifest is as long as its tensors are many; what is longer than this is none.
-_LARGEST_MANIFEST = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def verify(
     root = Path(path)
     if not root.is_dir() and root.suffix != ".safetensors":
         return _headers_alone(root, "it is no safetensors file")
-    text, where = _manifest_text(root)
+    text, where = manifest_text(root)
     if text is None:
         return _headers_alone(root, f"it has no {MANIFEST_FILE}" if root.is_dir() else "its header has no manifest")
     manifest, folder, only = read_manifest(text, where), root, None
@@ -140,7 +138,7 @@ def reproduce(
     from weightsmith.plan.provenance import hash_inputs
 
     root = Path(path)
-    manifest = _manifest_of(root)
+    manifest = manifest_of(root)
     count = threads or default_threads()
     chosen = choose_backend(device, backend)
     merged = merge_recipe(manifest.recipe)
@@ -294,39 +292,6 @@ def _headers_alone(root: Path, reason: str) -> Verification:
     nbytes = sum(tensor.nbytes for tensor in found.values())
     note = f"{reason}, so only headers were checked: there is nothing to compare the content with"
     return Verification(root, None, len(found), nbytes, (), (note,))
-
-
-def _manifest_of(root: Path) -> Manifest:
-    text, where = _manifest_text(root)
-    if text is None:
-        lacks = f"{root} has no {MANIFEST_FILE}" if root.is_dir() else f"the header of {root} has no manifest"
-        raise CheckpointError(f"{lacks}: it was not written by weightsmith")
-    return read_manifest(text, where)
-
-
-def _manifest_text(root: Path) -> tuple[str | None, str]:
-    """Return the manifest of a folder or file, None if it has none, and the file that it is in."""
-    if not root.is_dir():
-        return _text_within(root), str(root)
-    file = root / MANIFEST_FILE
-    return _text_of(file) if os.path.lexists(file) else None, str(file)
-
-
-def _text_within(file: Path) -> str | None:
-    """Return the manifest in a header; under another name too, for a flipped bit in its name must not hide it."""
-    metadata = read_metadata(LocalSource(file))
-    found = [text for text in metadata.values() if is_like_manifest(text)]
-    return metadata.get(MANIFEST_KEY, found[0] if found else None)
-
-
-def _text_of(file: Path) -> str:
-    try:
-        text = read_whole(str(file), _LARGEST_MANIFEST).decode("ascii")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: the manifest is not as it was written (byte {error.start})") from error
-    if not text.endswith("\n"):
-        raise CheckpointError(f"{file}: the manifest is not as it was written: it is cut short")
-    return text[:-1]
 
 
 def _changed_inputs(manifest: Manifest, plan: Plan, contents: Mapping[str, str]) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,8 @@ import xxhash
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.checkpoint import Identity
-from weightsmith.checkpoint.storage import Source, is_file_name, open_regular
+from weightsmith.checkpoint.safetensors import read_metadata
+from weightsmith.checkpoint.storage import LocalSource, Source, is_file_name, open_regular, read_whole
 from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
 MANIFEST_FILE = "weightsmith.json"
@@ -37,6 +39,8 @@ _SEAL = '"seal":"'
 _DIGEST = re.compile(r"[0-9a-f]{32}:[0-9a-f]{10}")
 # Blocks of one tensor: with the executor's, a tensor of two terabytes. A step of one byte would keep us for ever.
 _MOST_STEPS = 1 << 22
+# A manifest is as long as its tensors are many; what is longer than this is none.
+_LARGEST_MANIFEST = 256_000_000
 # Bytes that are read at a time, whatever a manifest says was hashed at a time.
 _AT_A_TIME = 8 << 20
 
@@ -282,3 +286,44 @@ def join_parts(parts: Sequence[bytes]) -> str:
 def steps(nbytes: int, step: int) -> Sequence[tuple[int, int]]:
     """Return the start and stop of every block of a tensor of so many bytes."""
     return [(start, min(start + step, nbytes)) for start in range(0, nbytes, max(step, 1))]
+
+
+def manifest_of(root: Path) -> Manifest:
+    """Return the manifest of an output.
+
+    Args:
+        root: the folder, or the ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: if it has none, or one that is not as it was written.
+    """
+    text, where = manifest_text(root)
+    if text is None:
+        lacks = f"{root} has no {MANIFEST_FILE}" if root.is_dir() else f"the header of {root} has no manifest"
+        raise CheckpointError(f"{lacks}: it was not written by weightsmith")
+    return read_manifest(text, where)
+
+
+def manifest_text(root: Path) -> tuple[str | None, str]:
+    """Return the manifest of a folder or file, None if it has none, and the file that it is in."""
+    if not root.is_dir():
+        return _text_within(root), str(root)
+    file = root / MANIFEST_FILE
+    return _text_of(file) if os.path.lexists(file) else None, str(file)
+
+
+def _text_within(file: Path) -> str | None:
+    """Return the manifest in a header; under another name too, for a flipped bit in its name must not hide it."""
+    metadata = read_metadata(LocalSource(file))
+    found = [text for text in metadata.values() if is_like_manifest(text)]
+    return metadata.get(MANIFEST_KEY, found[0] if found else None)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        text = read_whole(str(file), _LARGEST_MANIFEST).decode("ascii")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: the manifest is not as it was written (byte {error.start})") from error
+    if not text.endswith("\n"):
+        raise CheckpointError(f"{file}: the manifest is not as it was written: it is cut short")
+    return text[:-1]
