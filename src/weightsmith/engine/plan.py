@@ -224,7 +224,8 @@ def matrix_memory(task: Task) -> int:
     for part in computed_within(task.tensor):
         if part.reads == "tensor":
             # The base, a model, its task vector and the result; or of a method that says nothing, all there is.
-            elements = 4 * part.size + part.work.elements if part.work else (len(part.inputs) + 4) * part.size
+            inputs = len(part.inputs) + _TEMPORARIES
+            elements = 4 * part.size + part.work.elements if part.work else inputs * part.size
             held += elements * part.working.itemsize
         elif held:
             held += min(part.size, BLOCK) * part.working.itemsize * (len(part.inputs) + _TEMPORARIES)
