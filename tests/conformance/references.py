@@ -164,31 +164,46 @@ def ties(models, base, weight=1.0, density=1.0, normalize=True, rescale=False, *
     return _add(base, deltas, each(weight, models), consensus=True, normalize=normalize, scale=scale)
 
 
-def _breadcrumbs(models, base, weight, density, gamma, rescale, consensus):
+def _breadcrumbs(models, base, weight, density, gamma, rescale, trim_scope, consensus):
     deltas = []
     for model in models:
         delta = _ranked_delta(model, base)
-        n = delta.size
-        kept, top = int(density * n), int(gamma * n)
-        bottom = max(0, n - kept - top)
-        rank = _ranked(delta)
-        deltas.append(_rescaled(delta, (rank < n - bottom) & (rank >= n - bottom - kept), rescale))
+        kept = _kept_of_rows(delta, density, gamma) if trim_scope == "row" else _kept_below(delta, density, gamma)
+        deltas.append(_rescaled(delta, kept, rescale))
     return _add(base, deltas, each(weight, models), consensus=consensus, normalize=False, scale=1.0)
 
 
-def breadcrumbs(models, base, weight=1.0, density=1.0, gamma=0.01, rescale=False):
-    return _breadcrumbs(models, base, weight, density, gamma, rescale, consensus=False)
+def _kept_below(delta, density, gamma):
+    n = delta.size
+    kept, top = int(density * n), int(gamma * n)
+    bottom = max(0, n - kept - top)
+    rank = _ranked(delta)
+    return (rank < n - bottom) & (rank >= n - bottom - kept)
 
 
-def breadcrumbs_ties(models, base, weight=1.0, density=1.0, gamma=0.01, rescale=False):
-    return _breadcrumbs(models, base, weight, density, gamma, rescale, consensus=True)
+def _kept_of_rows(delta, density, gamma):
+    """As the authors do it: the largest of a row set to zero, then the largest of what is left kept."""
+    n = delta.shape[-1]
+    kept = np.zeros(delta.shape, bool)
+    for place in np.ndindex(delta.shape[:-1]):
+        left = sorted(range(n), key=lambda i: (abs(delta[place][i]), i), reverse=True)[int(gamma * n) :]
+        kept[place][left[: int(density * n)]] = True
+    return kept
 
 
-def _thinned(models, base, density, chances, rescale, rescale_by):
+def breadcrumbs(models, base, weight=1.0, density=1.0, gamma=0.01, rescale=False, trim_scope="tensor"):
+    return _breadcrumbs(models, base, weight, density, gamma, rescale, trim_scope, consensus=False)
+
+
+def breadcrumbs_ties(models, base, weight=1.0, density=1.0, gamma=0.01, rescale=False, trim_scope="tensor"):
+    return _breadcrumbs(models, base, weight, density, gamma, rescale, trim_scope, consensus=True)
+
+
+def _thinned(models, base, density, chances, rescale, rescale_by, dropped_of="delta"):
     """Drop entries where the generator, which has tests of its own, draws at least their chance."""
     deltas = []
     for i, (model, share) in enumerate(zip(models, each(density, models), strict=True)):
-        delta = _ranked_delta(model, base)
+        delta = _ranked_delta(model, base) if dropped_of == "delta" else model
         draw = philox.uniform(philox.key_of(0, "tensor", i), 0, delta.size).reshape(delta.shape)
         chance = chances(delta, share) if 0 < share < 1 else np.full(delta.shape, share)
         out = np.where(draw < chance, delta, 0.0)
@@ -196,13 +211,15 @@ def _thinned(models, base, density, chances, rescale, rescale_by):
             out = out * np.abs(delta).sum() / np.abs(out).sum()
         elif rescale:
             out = out / np.where(chance > 0, chance, 1.0)
-        deltas.append(out)
+        deltas.append(out if dropped_of == "delta" else out - base)
     return deltas
 
 
 def _dare(consensus):
-    def reference(models, base, weight=1.0, density=1.0, normalize=False, rescale=True, rescale_by="expected"):
-        deltas = _thinned(models, base, density, lambda _, share: share, rescale, rescale_by)
+    def reference(
+        models, base, weight=1.0, density=1.0, normalize=False, rescale=True, rescale_by="expected", object="delta"
+    ):
+        deltas = _thinned(models, base, density, lambda _, share: share, rescale, rescale_by, object)
         return _add(base, deltas, each(weight, models), consensus=consensus, normalize=normalize, scale=1.0)
 
     return reference
@@ -345,11 +362,17 @@ REFERENCES: dict[str, tuple[Callable[..., Array], list[dict[str, Any]]]] = {
             {"weight": [0.5, 1.0, 2.0], "density": 0.4, "rescale_by": "l1", "normalize": True},
             {"weight": 1.0, "density": 0.5, "rescale": False},
             {"weight": 1.0, "density": 0.0},
+            {"weight": [0.5, 1.0, 2.0], "density": [0.3, 0.9, 1.0], "object": "weights"},
+            {"weight": 1.0, "density": 0.4, "object": "weights", "rescale_by": "l1"},
         ],
     ),
     "dare_ties": (
         _dare(True),
-        [{"weight": [0.5, 1.0, 2.0], "density": 0.4}, {"weight": 1.0, "density": 0.4, "rescale_by": "l1"}],
+        [
+            {"weight": [0.5, 1.0, 2.0], "density": 0.4},
+            {"weight": 1.0, "density": 0.4, "rescale_by": "l1"},
+            {"weight": 1.0, "density": 0.4, "object": "weights", "rescale": False},
+        ],
     ),
     "della": (
         _della(True),
@@ -369,9 +392,20 @@ REFERENCES: dict[str, tuple[Callable[..., Array], list[dict[str, Any]]]] = {
     ),
     "breadcrumbs": (
         breadcrumbs,
-        [{"weight": 0.5, "density": 0.5, "gamma": 0.1}, {"weight": 1.0, "density": 0.8, "gamma": 0.5, "rescale": True}],
+        [
+            {"weight": 0.5, "density": 0.5, "gamma": 0.1},
+            {"weight": 1.0, "density": 0.8, "gamma": 0.5, "rescale": True},
+            {"weight": 0.5, "density": 0.5, "gamma": 0.1, "trim_scope": "row"},
+            {"weight": 0.5, "density": 0.9, "gamma": 0.5, "rescale": True, "trim_scope": "row"},
+        ],
     ),
-    "breadcrumbs_ties": (breadcrumbs_ties, [{"weight": 0.5, "density": 0.5, "gamma": 0.1}]),
+    "breadcrumbs_ties": (
+        breadcrumbs_ties,
+        [
+            {"weight": 0.5, "density": 0.5, "gamma": 0.1},
+            {"weight": 0.5, "density": 0.5, "gamma": 0.1, "trim_scope": "row"},
+        ],
+    ),
     "sce": (sce, [{}, {"select_topk": 0.1}, {"select_topk": 0.5}]),
     "ram": (ram, [{}, {"epsilon": 0.08}]),
     "ramplus_tl": (ramplus_tl, [{}, {"epsilon": 0.08, "r": 0.5, "alpha": 0.6}]),
@@ -389,6 +423,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("model_stock", {"filter_wise": True}),
     ("ties", {"weight": 0.5, "density": 0.3, "rescale": True, "trim_scope": "model"}),
     ("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.2, "rescale": True}),
+    ("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.2, "rescale": True, "trim_scope": "row"}),
+    ("breadcrumbs_ties", {"weight": 0.5, "density": 0.5, "gamma": 0.05, "trim_scope": "row"}),
     ("dare_linear", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
     ("della", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
     ("della_linear", {"weight": 0.5, "density": 0.3, "trim_scope": "tensor"}),

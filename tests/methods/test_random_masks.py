@@ -44,6 +44,26 @@ def test_thinning_leaves_the_expectation(method):
     assert abs(np.sum((mean - DELTA) * DELTA)) / np.sum(DELTA**2) < 0.02
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_of_the_weights_masks_the_fine_tuned_weights_themselves(method):
+    base = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+    given = {"weight": 1.0, "density": 0.5, "object": "weights"}
+    out = merge_arrays(method, [base + DELTA], base, parameters=given)
+    kept = np.abs(out) > 1e-5
+    np.testing.assert_allclose(out[kept], 2 * (base + DELTA)[kept], rtol=1e-5, atol=1e-5)
+    # The same draws as for the task vector.
+    of_delta = merge_arrays(method, [base + DELTA], base, parameters={**given, "object": "delta"})
+    assert np.array_equal(kept[np.abs(DELTA) > 1e-2], (np.abs(of_delta - base) > 1e-5)[np.abs(DELTA) > 1e-2])
+
+
+def test_dare_of_all_weights_is_dare_of_the_task_vector():
+    given = {"weight": 0.5, "density": 1.0}
+    expected = merge_arrays("dare_linear", [DELTA], BASE, parameters=given)
+    assert np.array_equal(
+        merge_arrays("dare_linear", [DELTA], BASE, parameters={**given, "object": "weights"}), expected
+    )
+
+
 def test_the_l1_rescaling_restores_the_sum_of_magnitudes():
     for method in ("dare_linear", "della_linear"):
         more = {"epsilon": 0.1} if method == "della_linear" else {}

@@ -6,15 +6,15 @@ import math
 from typing import Annotated, Any
 
 from weightsmith.methods.block import Array, Block, Scope, Statistic
-from weightsmith.methods.deltas import Int8Mask, elect
+from weightsmith.methods.deltas import Int8Mask, added, elect, shared_out
 from weightsmith.methods.registry import Param, TrimScope, method
 from weightsmith.methods.statistics import Cut, largest, totals
 
 
 def _variance(block: Block) -> Array:
-    mean = sum(block.deltas[1:], block.deltas[0]) / len(block.deltas)
+    mean = added(block.deltas) / len(block.deltas)
     squares = [(delta - mean) * (delta - mean) for delta in block.deltas]
-    return sum(squares[1:], squares[0]) / len(squares)
+    return added(squares) / len(squares)
 
 
 def _selection(scope: Scope, *, select_topk: float) -> Statistic[tuple[Cut | None, list[float]]]:
@@ -75,10 +75,7 @@ def sce(
     deltas = _selected(block, cut)
     agreeing = elect(block.xp, deltas)
     weighted = [share * delta * mask for share, delta, mask in zip(shares, deltas, agreeing, strict=True)]
-    divisor = sum(share * block.xp.astype(mask, deltas[0].dtype) for share, mask in zip(shares, agreeing, strict=True))
-    return block.base + sum(weighted[1:], weighted[0]) / block.xp.where(
-        divisor == 0, block.xp.ones_like(divisor), divisor
-    )
+    return block.base + shared_out(block.xp, added(weighted), shares, agreeing)
 
 
 Epsilon = Annotated[float, Param("smaller changes count as none", minimum=0)]
@@ -88,7 +85,7 @@ def _active(block: Block, epsilon: float) -> tuple[list[Array], Array]:
     """Return where each model changes the base, as 0 and 1, and how many do."""
     dtype = block.models[0].dtype
     active = [block.xp.astype(block.xp.abs(delta) > epsilon, dtype) for delta in block.deltas]
-    return active, sum(active[1:], active[0])
+    return active, added(active)
 
 
 @method(
@@ -106,7 +103,7 @@ def ram(block: Block, *, epsilon: Epsilon = 1e-5) -> Array:
     """
     active, count = _active(block, epsilon)
     changes = [delta * mask for delta, mask in zip(block.deltas, active, strict=True)]
-    return block.base + sum(changes[1:], changes[0]) / block.xp.where(count == 0, block.xp.ones_like(count), count)
+    return block.base + added(changes) / block.xp.where(count == 0, block.xp.ones_like(count), count)
 
 
 def _overlaps(scope: Scope, *, epsilon: float) -> Statistic[list[float]]:

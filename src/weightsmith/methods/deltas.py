@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
 
-from weightsmith.methods.block import Array, Block, Scope, Statistic
-from weightsmith.methods.registry import Continuation, Param, PerModel, TrimScope, method
+from weightsmith.methods.block import Array, Block, Form, Scope, Statistic, rank_in_rows
+from weightsmith.methods.registry import Continuation, Granularity, Param, PerModel, TrimScope, method
 from weightsmith.methods.statistics import Cut, largest, totals
 
 Weight = Annotated[float, Param("factor on this model's task vector")]
@@ -17,6 +17,7 @@ Lambda = Annotated[float, Param("factor on the merged task vector")]
 Normalize = Annotated[bool, Param("divide by the sum of the weights that take part")]
 Int8Mask = Annotated[bool, Param("accepted for mergekit's recipes; the result does not depend on it")]
 Scoped = Annotated[TrimScope, Param("what the entries to keep are chosen over")]
+RankScope = Annotated[Literal["row", "tensor", "layer", "model"], Param("what magnitudes are ranked over")]
 
 
 def combine(
@@ -28,33 +29,41 @@ def combine(
     normalize: bool,
     scale: float,
 ) -> Array:
-    """Add weighted task vectors to the base.
+    """Add weighted task vectors to the base; see :func:`joined`."""
+    return block.base + scale * joined(block.xp, deltas, weight, consensus=consensus, normalize=normalize)
+
+
+def joined(xp: Any, deltas: Sequence[Array], weight: Sequence[float], *, consensus: bool, normalize: bool) -> Array:
+    """Return the weighted sum of task vectors, or with normalize their weighted mean.
 
     With consensus, only entries whose sign is that of the weighted sum count (TIES, section 3.3: elect sign,
     disjoint merge; a sum of zero elects plus, as in mergekit), and the divisor is the weights of those.
     """
-    xp = block.xp
     weighted = [w * delta for w, delta in zip(weight, deltas, strict=True)]
     if consensus:
         agreeing = elect(xp, weighted)
-        total = sum(
-            (part * mask for part, mask in zip(weighted[1:], agreeing[1:], strict=True)), weighted[0] * agreeing[0]
-        )
-        if normalize:
-            kept = [w * xp.astype(mask, block.base.dtype) for w, mask in zip(weight, agreeing, strict=True)]
-            divisor = sum(kept[1:], kept[0])
-            total = total / xp.where(divisor == 0, xp.ones_like(divisor), divisor)
-    else:
-        total = sum(weighted[1:], weighted[0])
-        if normalize and abs(sum(weight)) >= 1e-8:
-            total = total / sum(weight)
-    return block.base + scale * total
+        total = added([part * mask for part, mask in zip(weighted, agreeing, strict=True)])
+        return shared_out(xp, total, weight, agreeing) if normalize else total
+    total = added(weighted)
+    if normalize and abs(sum(weight)) >= 1e-8:
+        total = total / sum(weight)
+    return total
+
+
+def added(arrays: Sequence[Array]) -> Array:
+    """Return the sum of one or more arrays, from the first on."""
+    return sum(arrays[1:], arrays[0])
+
+
+def shared_out(xp: Any, total: Array, weight: Sequence[float], masks: Sequence[Array]) -> Array:
+    """Divide every entry by the weights of the models whose masks hold it, where there are any."""
+    divisor = added([w * xp.astype(mask, total.dtype) for w, mask in zip(weight, masks, strict=True)])
+    return total / xp.where(divisor == 0, xp.ones_like(divisor), divisor)
 
 
 def elect(xp: Any, deltas: Sequence[Array]) -> list[Array]:
     """Return, for each vector, where its entries have the sign of the vectors' sum; zeros never do."""
-    total = sum(deltas[1:], deltas[0])
-    positive = total >= 0
+    positive = added(deltas) >= 0
     return [(positive & (delta > 0)) | (~positive & (delta < 0)) for delta in deltas]
 
 
@@ -106,6 +115,31 @@ class Trim:
         return found
 
 
+@dataclass(frozen=True)
+class RowTrim:
+    """What is kept of each row of each task vector: ``density`` of it below its ``gamma`` largest, times ``scale``."""
+
+    density: Sequence[float]
+    gamma: Sequence[float]
+    scale: Sequence[float]
+
+    def apply(self, block: Block) -> list[Array]:
+        """Return the trimmed task vectors; a scalar, which has no row, as it is."""
+        if block.base.ndim == 1:
+            return list(block.deltas)
+        xp, length = block.xp, block.base.shape[-1]
+        found = []
+        for delta, density, gamma, scale in zip(block.deltas, self.density, self.gamma, self.scale, strict=True):
+            magnitude = xp.abs(delta)
+            # Ranks come in the dtype of the magnitudes, and float32 cannot count further.
+            rank = rank_in_rows(xp, magnitude if length <= _COUNTABLE else xp.astype(magnitude, xp.float64))
+            stop = length - int(length * gamma)
+            kept = (rank >= stop - int(length * density)) & (rank < stop)
+            found.append(delta * kept if scale == 1.0 else delta * kept * scale)
+        return found
+
+
+_COUNTABLE = 1 << 24
 _NONE = Cut(float("inf"), -1)
 _ALL = Cut(-1.0, -1)
 
@@ -130,23 +164,31 @@ def _cuts(scope: Scope, *counts: Sequence[int]) -> Statistic[list[list[Cut]]]:
     return [[cuts.get((model, count), _ALL if count else _NONE) for model, count in enumerate(row)] for row in counts]
 
 
-def _with_scale(trim: Trim, *, rescale: bool) -> Statistic[Trim]:
+_AnyTrim = TypeVar("_AnyTrim", Trim, RowTrim)
+
+
+def _with_scale(trim: _AnyTrim, *, rescale: bool) -> Statistic[_AnyTrim]:
     """Give a trim the factors that restore each task vector's sum of magnitudes."""
-    if not rescale:
-        return trim
-    scales = yield from l1_ratios(trim.apply)
-    return Trim(trim.outer, trim.inner, scales)
+    return replace(trim, scale=(yield from l1_ratios(trim.apply))) if rescale else trim
 
 
-def l1_ratios(masked: Callable[[Block], Sequence[Array]]) -> Statistic[list[float]]:
-    """Return, for each model, the sum of magnitudes before over after masking; 1 where either is below 1e-7."""
+def l1_ratios(
+    masked: Callable[[Block], Sequence[Array]],
+    whole: Callable[[Block], Sequence[Array]] = lambda block: block.deltas,
+) -> Statistic[list[float]]:
+    """Return, for each model, the sum of magnitudes before over after masking; 1 where either is below 1e-7.
+
+    Args:
+        masked: gives what is left, for each model.
+        whole: gives what was masked: by default the task vectors.
+    """
 
     def sums(block: Block) -> list[Any]:
         xp = block.xp
         return [
-            xp.sum(xp.astype(xp.abs(delta), xp.float64))
-            for pair in zip(block.deltas, masked(block), strict=True)
-            for delta in pair
+            xp.sum(xp.astype(xp.abs(part), xp.float64))
+            for pair in zip(whole(block), masked(block), strict=True)
+            for part in pair
         ]
 
     found = yield from totals(sums)
@@ -156,10 +198,15 @@ def l1_ratios(masked: Callable[[Block], Sequence[Array]]) -> Statistic[list[floa
     ]
 
 
-def _largest_share(scope: Scope, *, density: Sequence[float], rescale: bool) -> Statistic[Trim]:
+def largest_share(scope: Scope, density: Sequence[float]) -> Statistic[Trim]:
+    """Find each task vector's largest entries: the density share of them, and at least one unless it is 0."""
     counts = [max(1, int(share * scope.size)) if share > 0 else 0 for share in density]
     (outer,) = yield from _cuts(scope, counts)
-    return (yield from _with_scale(Trim(outer, [_NONE] * len(outer), [1.0] * len(outer)), rescale=rescale))
+    return Trim(outer, [_NONE] * len(outer), [1.0] * len(outer))
+
+
+def _largest_share(scope: Scope, *, density: Sequence[float], rescale: bool) -> Statistic[Trim]:
+    return (yield from _with_scale((yield from largest_share(scope, density)), rescale=rescale))
 
 
 @method(
@@ -194,7 +241,12 @@ def ties(
     return combine(block, trim.apply(block), weight, consensus=True, normalize=normalize, scale=lambda_)
 
 
-def _middle_share(scope: Scope, *, density: Sequence[float], gamma: Sequence[float], rescale: bool) -> Statistic[Trim]:
+def _middle_share(
+    scope: Scope, *, density: Sequence[float], gamma: Sequence[float], rescale: bool, trim_scope: str
+) -> Statistic[Trim | RowTrim]:
+    ones = [1.0] * len(density)
+    if trim_scope == "row":
+        return (yield from _with_scale(RowTrim(density, gamma, ones), rescale=rescale))
     kept = [int(share * scope.size) for share in density]
     bottom = [max(0, scope.size - k - int(top * scope.size)) for k, top in zip(kept, gamma, strict=True)]
     outer, inner = yield from _cuts(
@@ -202,7 +254,12 @@ def _middle_share(scope: Scope, *, density: Sequence[float], gamma: Sequence[flo
         [scope.size - b for b in bottom],
         [scope.size - b - k for b, k in zip(bottom, kept, strict=True)],
     )
-    return (yield from _with_scale(Trim(outer, inner, [1.0] * len(outer)), rescale=rescale))
+    return (yield from _with_scale(Trim(outer, inner, ones), rescale=rescale))
+
+
+def _breadcrumbs_reads(parameters: Mapping[str, Any], form: Form) -> Granularity:
+    # A scalar has no row: it is read, and left, as it is.
+    return "rows" if parameters["trim_scope"] == "row" and form.shape else "elements"
 
 
 Gamma = Annotated[float, Param("share of the largest entries that is dropped", minimum=0, maximum=1)]
@@ -213,6 +270,7 @@ _BREADCRUMBS = "Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv:2312.
     base="required",
     minimum=1,
     statistic=_middle_share,
+    reads=_breadcrumbs_reads,
     selects=True,
     scope="trim_scope",
     properties=("symmetric", "translates", "removable"),
@@ -221,7 +279,7 @@ _BREADCRUMBS = "Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv:2312.
 )
 def breadcrumbs(
     block: Block,
-    trim: Trim,
+    trim: Trim | RowTrim,
     *,
     weight: PerModel[Weight],
     density: PerModel[Density] = (1.0,),
@@ -229,14 +287,21 @@ def breadcrumbs(
     lambda_: Lambda = 1.0,
     normalize: Normalize = False,
     rescale: Annotated[bool, Param("restore each trimmed task vector's sum of magnitudes")] = False,
-    trim_scope: Scoped = "tensor",
+    trim_scope: RankScope = "tensor",
     int8_mask: Int8Mask = False,
 ) -> Array:
     """Task arithmetic on task vectors without their largest and smallest entries.
 
     Of n entries ranked by magnitude, the ``gamma n`` largest are dropped as outliers and the ``density n``
-    below them kept; where both do not fit, fewer outliers are dropped. ``B + lambda sum_i w_i d_i``. The
-    authors' code ranks along each last axis, their paper per layer (``trim_scope: layer``).
+    below them kept; where both do not fit, fewer outliers are dropped. ``B + lambda sum_i w_i d_i``. The paper
+    ranks per layer (``trim_scope: layer``).
+
+    With ``trim_scope: row``, as in the authors' code: each vector along the last axis is ranked by itself, a
+    1-D tensor as a whole; the outliers are dropped first, then the ``density n`` largest of the rest are kept, or
+    all of it where there are fewer; a scalar is left as it is. Both shares are rounded down in every row, so where
+    ``density n`` is below 1 (the three entries of a kernel's row with density 0.15) the whole tensor stays at the
+    base. Of equal magnitudes in a row, later ones rank as larger. The authors search density from 0.05 to 0.2,
+    gamma from 0.001 to 0.01 and lambda from 0.01 to 1, starting at 0.15, 0.006 and 0.2.
     """
     return combine(block, trim.apply(block), weight, consensus=False, normalize=normalize, scale=lambda_)
 
@@ -245,6 +310,7 @@ def breadcrumbs(
     base="required",
     minimum=1,
     statistic=_middle_share,
+    reads=_breadcrumbs_reads,
     selects=True,
     scope="trim_scope",
     properties=("symmetric", "translates", "removable"),
@@ -253,7 +319,7 @@ def breadcrumbs(
 )
 def breadcrumbs_ties(
     block: Block,
-    trim: Trim,
+    trim: Trim | RowTrim,
     *,
     weight: PerModel[Weight],
     density: PerModel[Density] = (1.0,),
@@ -261,7 +327,7 @@ def breadcrumbs_ties(
     lambda_: Lambda = 1.0,
     normalize: Normalize = False,
     rescale: Annotated[bool, Param("restore each trimmed task vector's sum of magnitudes")] = False,
-    trim_scope: Scoped = "tensor",
+    trim_scope: RankScope = "tensor",
     int8_mask: Int8Mask = False,
 ) -> Array:
     """Breadcrumbs' trimming, then the sign election of TIES.

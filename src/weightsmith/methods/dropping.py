@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from weightsmith.errors import MethodError
 from weightsmith.methods.block import Array, Block, Form, Scope, Statistic, rank_in_rows
-from weightsmith.methods.deltas import Density, Int8Mask, Lambda, Normalize, Scoped, Weight, combine, l1_ratios
+from weightsmith.methods.deltas import (
+    Density,
+    Int8Mask,
+    Lambda,
+    Normalize,
+    RankScope,
+    Scoped,
+    Weight,
+    combine,
+    l1_ratios,
+)
 from weightsmith.methods.registry import Granularity, Param, PerModel, method
 from weightsmith.methods.statistics import leading_bits
 
@@ -20,24 +30,37 @@ _DARE = "Yu et al., Language models are super Mario (DARE), ICML 2024, arXiv:231
 _DELLA = "Deep et al., DELLA-Merging, 2024, arXiv:2406.11617"
 
 
-def _dropped(block: Block, density: Sequence[float]) -> list[Array]:
-    """Return the task vectors with each entry kept with the chance ``density``."""
+Object = Annotated[
+    Literal["delta", "weights"], Param("what is thinned: task vectors, or the fine-tuned weights themselves")
+]
+
+
+def _dropped(block: Block, density: Sequence[float], dropped_of: str) -> list[Array]:
+    """Return the task vectors, or the models, with each entry kept with the chance ``density``."""
     return [
-        delta if share >= 1 else delta * (block.draw(i) < share)
-        for i, (delta, share) in enumerate(zip(block.deltas, density, strict=True))
+        part if share >= 1 else part * (block.draw(i) < share)
+        for i, (part, share) in enumerate(zip(_whole(block, dropped_of), density, strict=True))
     ]
 
 
-def _dare_scales(scope: Scope, *, density: Sequence[float], rescale: bool, rescale_by: str) -> Statistic[list[float]]:
+def _whole(block: Block, dropped_of: str) -> Sequence[Array]:
+    return block.deltas if dropped_of == "delta" else block.models
+
+
+def _dare_scales(
+    scope: Scope, *, density: Sequence[float], rescale: bool, rescale_by: str, object: str
+) -> Statistic[list[float]]:
     if not rescale:
         return [1.0] * len(density)
     if rescale_by == "expected":
         return [1.0 / share if share > 0 else 1.0 for share in density]
-    return (yield from l1_ratios(lambda block: _dropped(block, density)))
+    return (yield from l1_ratios(lambda block: _dropped(block, density, object), lambda block: _whole(block, object)))
 
 
-def _dare(block: Block, scales: Sequence[float], density: Sequence[float]) -> list[Array]:
-    return [scale * delta for scale, delta in zip(scales, _dropped(block, density), strict=True)]
+def _dare(block: Block, scales: Sequence[float], density: Sequence[float], dropped_of: str) -> list[Array]:
+    """Return the task vectors of models of which entries were dropped."""
+    kept = [scale * part for scale, part in zip(scales, _dropped(block, density, dropped_of), strict=True)]
+    return kept if dropped_of == "delta" else [part - block.base for part in kept]
 
 
 @method(
@@ -62,6 +85,7 @@ def dare_linear(
     rescale: Rescale = True,
     rescale_by: RescaleBy = "expected",
     trim_scope: Scoped = "tensor",
+    object: Object = "delta",
     int8_mask: Int8Mask = False,
 ) -> Array:
     """Drop entries of task vectors at random and rescale the rest, then task arithmetic.
@@ -69,8 +93,13 @@ def dare_linear(
     Every entry is kept with the chance density and divided by it, so that its expectation stays:
     ``B + lambda sum_i w_i m_i d_i / density_i``. mergekit restores each tensor's sum of magnitudes instead
     (``rescale_by: l1``, over trim_scope). Masks depend on seed, tensor, model name and position alone.
+
+    With ``object: weights``, the fine-tuned weights themselves are masked and rescaled, ``m_i W_i / density_i``,
+    and the base subtracted after that: the paper's ablation, which ruins most models at the densities that task
+    vectors bear. With ``rescale: false`` and a density, this is the random baseline for methods that choose as
+    many entries by other means (``ties``, ``consensus``).
     """
-    deltas = _dare(block, scales, density)
+    deltas = _dare(block, scales, density, object)
     return combine(block, deltas, weight, consensus=False, normalize=normalize, scale=lambda_)
 
 
@@ -96,17 +125,17 @@ def dare_ties(
     rescale: Rescale = True,
     rescale_by: RescaleBy = "expected",
     trim_scope: Scoped = "tensor",
+    object: Object = "delta",
     int8_mask: Int8Mask = False,
 ) -> Array:
     """Drop entries of task vectors at random and rescale the rest, then the sign election of TIES.
 
-    As ``dare_linear``, but only entries whose sign is that of ``sum_i w_i d_i`` are added.
+    As ``dare_linear``, ``object`` included, but only entries whose sign is that of ``sum_i w_i d_i`` are added.
     """
-    deltas = _dare(block, scales, density)
+    deltas = _dare(block, scales, density, object)
     return combine(block, deltas, weight, consensus=True, normalize=normalize, scale=lambda_)
 
 
-RankScope = Annotated[Literal["row", "tensor", "layer", "model"], Param("what magnitudes are ranked over")]
 Epsilon = Annotated[float, Param("half the width of the window of chances", minimum=0, maximum=0.5)]
 
 
