@@ -10,7 +10,7 @@ import pytest
 
 from weightsmith.methods import statistics
 from weightsmith.methods.block import Block, Scope, Statistic
-from weightsmith.methods.statistics import Cut, gram, largest, totals
+from weightsmith.methods.statistics import Cut, gram, largest, order_statistics, totals
 
 PART = 7
 
@@ -79,6 +79,34 @@ def test_nan_is_never_kept_and_never_in_the_way(broken):
         found = kept(values, k)
         assert found.sum() == max(k - broken, 0)
         assert not found[:broken].any()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("levels", [3, 10_000_000])
+def test_values_at_ranks_are_those_of_the_sorted_values_of_either_sign(dtype, levels):
+    values = np.random.default_rng(0).integers(-levels, levels, 50).astype(dtype) / dtype(3)
+    values[[3, 30]] = np.array([-0.0, 0.0], dtype)
+    blocks = blocks_of(values, -np.abs(values))
+    ranks = list(range(1, 51))
+    for model, sort in enumerate([np.sort(values), np.sort(-np.abs(values))]):
+        found = run(order_statistics(lambda block, m=model: [block.models[m]] * 50, ranks, Scope(50, 2)), blocks)
+        assert found == sort[::-1].tolist()
+
+
+@pytest.mark.usefixtures("way")
+def test_values_that_are_not_negative_are_found_without_looking_for_negative_ones():
+    values = np.maximum(np.random.default_rng(0).integers(-5, 5, 50), 0).astype(np.float32)
+    statistic = order_statistics(lambda block: [block.models[0]] * 50, range(1, 51), Scope(50, 1), signed=False)
+    assert run(statistic, blocks_of(values)) == np.sort(values)[::-1].tolist()
+
+
+def test_values_at_ranks_outside_the_scope_are_infinite_and_nan_counts_as_zero():
+    values = np.array([-1.0, np.nan, 2.0, np.nan, -3.0], np.float32)
+    found = run(order_statistics(lambda block: [block.models[0]] * 5, [0, 1, 2, 3, 6], Scope(5, 1)), blocks_of(values))
+    assert found == [np.inf, 2.0, 0.0, 0.0, np.inf]
+    found = run(order_statistics(lambda block: [block.models[0]] * 2, [4, 5], Scope(5, 1)), blocks_of(values))
+    assert found == [-1.0, -3.0]
 
 
 def test_a_scope_without_elements_keeps_nothing():

@@ -115,11 +115,54 @@ def largest(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], s
     Returns:
         One :class:`Cut` per selection.
     """
+    return (yield from _selected(values, counts, scope, places=True))
+
+
+def order_statistics(
+    values: Callable[[Block], Sequence[Array]], ranks: Sequence[int], scope: Scope, *, signed: bool = True
+) -> Statistic[list[float]]:
+    """Find, exactly and without sorting, the k-th largest values of a scope.
+
+    Args:
+        values: gives for a block one array of numbers of either sign per rank, in the blocks' shape; NaN counts as 0.
+        ranks: k for each of them, from 1 for the largest to the size of the scope for the smallest.
+        scope: what the ranks range over.
+        signed: whether there may be negative values; without any, a value of 0 is found in half the sweeps.
+
+    Returns:
+        One value per rank, exact in the dtype of the arrays; infinity for a k outside the range.
+    """
+
+    def side(which: Sequence[int], sign: float) -> Callable[[Block], list[Array]]:
+        def of_block(block: Block) -> list[Array]:
+            xp = block.xp
+            turned = [sign * array for array in _chosen(values(block), which)]
+            # Not -0.0, whose bit pattern is above all others.
+            return [xp.where(array > 0, array, xp.zeros_like(array)) for array in turned]
+
+        return of_block
+
+    positive = yield from _selected(side(range(len(ranks)), 1.0), ranks, scope, places=False)
+    found = [cut.value for cut in positive]
+    # The others are zero or negative: the k-th largest is the (n - k + 1)-th largest of the opposites.
+    others = [i for i, value in enumerate(found) if value == 0.0 and signed]
+    if others:
+        opposite = [scope.size - ranks[i] + 1 for i in others]
+        negative = yield from _selected(side(others, -1.0), opposite, scope, places=False)
+        for i, cut in zip(others, negative, strict=True):
+            found[i] = 0.0 - cut.value
+    return found
+
+
+def _selected(
+    values: Callable[[Block], Sequence[Array]], counts: Sequence[int], scope: Scope, *, places: bool
+) -> Statistic[list[Cut]]:
+    """Find boundaries; where places are not wanted, as if all values equal to the boundary were kept."""
     asked = [i for i, count in enumerate(counts) if 0 < count <= scope.size]
     found: dict[int, Cut] = {}
     if asked:
         wanted = [counts[i] for i in asked]
-        cuts = yield from _cuts(lambda block: _chosen(values(block), asked), wanted, scope)
+        cuts = yield from _cuts(lambda block: _chosen(values(block), asked), wanted, scope, places=places)
         found = dict(zip(asked, cuts, strict=True))
     return [found.get(i, _NOTHING) for i in range(len(counts))]
 
@@ -131,7 +174,9 @@ def _chosen(values: Sequence[Array], indices: Sequence[int]) -> list[Array]:
     return [values[i] for i in indices]
 
 
-def _cuts(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], scope: Scope) -> Statistic[list[Cut]]:
+def _cuts(
+    values: Callable[[Block], Sequence[Array]], counts: Sequence[int], scope: Scope, *, places: bool
+) -> Statistic[list[Cut]]:
     from weightsmith.kernels import select
 
     ranges = [_EVERY_PATTERN] * len(counts)
@@ -146,10 +191,11 @@ def _cuts(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], sco
     for together in _shared_out(expected):
         found = yield from _gathered(values, together, ranges, expected)
         for i, gathered in zip(together, found, strict=True):
-            cuts[i] = yield from _cut_of(values, i, select.find(gathered, counts[i]))
+            cuts[i] = yield from _cut_of(values, i, select.find(gathered, counts[i]), places=places)
     missed = [i for i, cut in enumerate(cuts) if cut is None]
     if missed:
-        by_digits = yield from _radix(lambda block: _chosen(values(block), missed), [counts[i] for i in missed])
+        wanted = [counts[i] for i in missed]
+        by_digits = yield from _radix(lambda block: _chosen(values(block), missed), wanted, places=places)
         for i, cut in zip(missed, by_digits, strict=True):
             cuts[i] = cut
     return [cut for cut in cuts if cut is not None]
@@ -185,7 +231,9 @@ def _gathered(
     return list(gathered)
 
 
-def _cut_of(values: Callable[[Block], Sequence[Array]], which: int, found: Any) -> Statistic[Cut | None]:
+def _cut_of(
+    values: Callable[[Block], Sequence[Array]], which: int, found: Any, *, places: bool
+) -> Statistic[Cut | None]:
     """Return the boundary at a pattern that was found; None if none was."""
     from weightsmith.kernels import select
 
@@ -195,12 +243,12 @@ def _cut_of(values: Callable[[Block], Sequence[Array]], which: int, found: Any) 
     if math.isnan(value):
         # More NaNs than entries to keep: nothing else is kept, and NaN equals nothing to count.
         return _NOTHING
-    if found.block is None:
+    if found.block is None or not places:
         return Cut(value, _EVERYWHERE)
     return Cut(value, (yield from _last_kept(values, which, found.pattern, *found.block)))
 
 
-def _radix(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) -> Statistic[list[Cut]]:
+def _radix(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], *, places: bool) -> Statistic[list[Cut]]:
     """Find the boundaries by histograms of 16 bits at a time, from the top."""
     from weightsmith.kernels import select
 
@@ -221,7 +269,7 @@ def _radix(values: Callable[[Block], Sequence[Array]], counts: Sequence[int]) ->
         value = select.value_of(prefixes[i], bits)
         if math.isnan(value):
             cuts.append(_NOTHING)
-        elif wanted[i] == equal[i]:
+        elif wanted[i] == equal[i] or not places:
             cuts.append(Cut(value, _EVERYWHERE))
         else:
             per_block = yield Sweep(Numbers(_equal(values, i, value)))
