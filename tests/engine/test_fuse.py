@@ -114,6 +114,9 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("breadcrumbs", {"weight": 0.5, "density": 0.5, "gamma": 0.1}),
     ("breadcrumbs", {"weight": 0.5, "density": [0.0, 1.0, 0.7], "normalize": True}),
     ("breadcrumbs_ties", {"weight": [0.5, -0.5, 0.0], "density": 0.5, "gamma": 0.2}),
+    ("breadcrumbs", {"weight": 0.5, "density": [0.0, 1.0, 0.3], "gamma": 0.05, "trim_scope": "row"}),
+    ("breadcrumbs_ties", {"weight": [0.5, -0.5, 0.0], "density": 0.5, "gamma": 0.2, "trim_scope": "row"}),
+    ("dare_ties", {"weight": 0.5, "density": 0.3, "object": "weights"}),
     ("dare_linear", {"weight": 0.5, "density": 0.5}),
     ("dare_linear", {"weight": 0.5, "density": [0.0, 1.0, 0.3], "rescale": False}),
     ("dare_ties", {"weight": [0.5, -0.2, 0.0], "density": 0.3, "normalize": True}),
@@ -126,6 +129,17 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("ram", {"epsilon": 0.1}),
     ("ramplus_tl", {"epsilon": 0.01, "r": 0.7, "alpha": 5.0}),
     ("ramplus_tl", {"count_scope": "tensor"}),
+    ("emr", {}),
+    ("emr", {"weight": [0.5, 0.0, -1.0], "lambda": 0.3}),
+    ("magmax", {}),
+    ("magmax", {"weight": [0.5, 0.0, -1.0], "lambda": 0.3}),
+    ("consensus", {}),
+    ("consensus", {"k": 1, "density": 0.3, "mask_lambda": [0.2, 0.4, 0.6], "trim_scope": "tensor"}),
+    ("consensus", {"weight": [0.5, 0.0, -1.0], "multi_task": "ties"}),
+    ("localize_and_stitch", {"weight": [0.5, 0.0, -1.0], "density": [0.0, 1.0, 0.3]}),
+    ("localize_and_stitch", {"trim_scope": "layer"}),
+    ("random_select", {"weight": [0.5, 0.0, 1.0]}),
+    ("random_select", {}),
     ("nearswap", {"t": 0.01}),
     ("nearswap", {"t": 0.0}),
     ("nuslerp", {"weight": [0.3, 0.7], "nuslerp_flatten": False}),
@@ -146,6 +160,12 @@ SUMMED: list[tuple[str, dict[str, Any]]] = [
     ("dare_ties", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
     ("della", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
     ("della_linear", {"weight": 0.5, "density": 0.3, "rescale_by": "l1", "trim_scope": "tensor"}),
+    ("breadcrumbs", {"weight": 0.5, "density": 0.3, "rescale": True, "trim_scope": "row"}),
+    ("dare_linear", {"weight": 0.5, "density": 0.3, "rescale_by": "l1", "object": "weights"}),
+    ("sign_only", {}),
+    ("sign_only", {"weight": [0.5, 0.0, -1.0], "mean_scope": "model"}),
+    ("pcb", {}),
+    ("pcb", {"density": [0.5, 0.9, 0.0], "clip": 0.1, "inter": "pairs", "trim_scope": "tensor"}),
     ("sce", {"select_topk": 0.5}),
     ("sce", {}),
     ("model_stock", {}),
@@ -326,7 +346,8 @@ def test_methods_and_their_statistics_are_fused(name, given, monkeypatch):
     for dtype in (F32, F64):
         made.clear()
         # Ranks within rows are sorted in float32 alone.
-        plain = (name, given) in PLAIN or (dtype == F64 and name in ("della", "della_linear"))
+        in_rows = name in ("della", "della_linear") or given.get("trim_scope") == "row"
+        plain = (name, given) in PLAIN or (dtype == F64 and in_rows)
         monkeypatch.setenv("WEIGHTSMITH_KERNELS", "" if plain else "strict")
         evaluated(computed(name, given, [model.astype(dtype) for model in models], base), BF16)
         assert all(made) != plain or not any(made)

@@ -28,7 +28,12 @@ VARIANTS = [
     ("model_stock", {"filter_wise": True}),
     ("ties", {"weight": 0.5, "density": 0.3, "rescale": True}),
     ("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.2}),
+    ("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.2, "trim_scope": "row"}),
+    ("consensus", {"multi_task": "ties", "k": 1}),
+    ("pcb", {"density": 0.8, "clip": 0.01, "inter": "pairs"}),
+    ("magmax", {"weight": 0.5}),
     ("dare_linear", {"weight": 0.5, "density": 0.3, "rescale_by": "l1"}),
+    ("dare_linear", {"weight": 0.5, "density": 0.3, "object": "weights"}),
     ("della", {"weight": 0.5, "density": 0.3, "trim_scope": "tensor"}),
     ("sce", {"select_topk": 1.0}),
 ]

@@ -64,6 +64,13 @@ def flat(arrays: list[np.ndarray]) -> np.ndarray:
         ("breadcrumbs", {"weight": 1.0, "density": 0.3, "gamma": 0.1, "trim_scope": "model"}),
         ("breadcrumbs_ties", {"weight": 1.0, "density": 0.3, "gamma": 0.1, "rescale": True, "trim_scope": "layer"}),
         ("ramplus_tl", {"epsilon": 0.3, "r": 0.7, "alpha": 5.0}),
+        ("consensus", {"density": 0.3}),
+        ("consensus", {"multi_task": "ties", "k": 1}),
+        ("localize_and_stitch", {}),
+        ("localize_and_stitch", {"density": [0.2, 0.6], "trim_scope": "layer"}),
+        ("pcb", {}),
+        ("pcb", {"density": [0.2, 0.9], "clip": 0.1, "inter": "pairs", "trim_scope": "layer"}),
+        ("sign_only", {"mean_scope": "model"}),
     ],
 )
 def test_a_scope_of_tensors_is_as_one_long_tensor(name, given):
