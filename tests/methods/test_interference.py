@@ -15,6 +15,7 @@ from weightsmith.engine.arrays import merge_arrays
 from weightsmith.errors import MethodError
 from weightsmith.methods import statistics
 from weightsmith.methods.interference import _tanh, unified_vector
+from weightsmith.methods.registry import get_method
 
 AUTHORS = json.loads((Path(__file__).parent / "authors_interference.json").read_text())
 
@@ -90,6 +91,22 @@ def test_magmax_takes_models_one_at_a_time_to_the_same_bits(dtype):
         so_far = merge_arrays("magmax", [so_far, model], base).astype(dtype)
     assert so_far.tobytes() == merge_arrays("magmax", models, base).astype(dtype).tobytes()
     assert all(np.any(so_far == model) for model in models)
+
+
+def test_magmax_is_gone_on_with_whatever_its_weights_and_lambda():
+    one, two, three = (delta.astype(np.float64) for delta in task_vectors(1000))
+    base, given = np.random.default_rng(1).standard_normal(1000), {"lambda": 0.5}
+    first = merge_arrays("magmax", [base + one, base + two], base, parameters={"weight": [2.0, -1.0], **given})
+    found = get_method("magmax").continues
+    assert found is not None
+    state = found.state(None, {"weight": (2.0, -1.0), **given}, 2)
+    assert state is not None
+    assert tuple(state) == found.parameters
+    second = merge_arrays("magmax", [first, base + three], base, parameters={"weight": [state["weight"], 1.5], **given})
+    models = [base + delta for delta in (one, two, three)]
+    together = merge_arrays("magmax", models, base, parameters={"weight": [2.0, -1.0, 1.5], **given})
+    np.testing.assert_allclose(second, together, rtol=0, atol=1e-14)
+    assert found.state(None, {"weight": (1.0,), "lambda": 0.0}, 1) is None
 
 
 # -- entries that several task vectors share -----------------------------------------------------------------------

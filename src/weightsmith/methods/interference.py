@@ -21,7 +21,7 @@ from weightsmith.methods.deltas import (
     largest_share,
     shared_out,
 )
-from weightsmith.methods.registry import Param, PerModel, TrimScope, method
+from weightsmith.methods.registry import Continuation, Param, PerModel, TrimScope, method
 from weightsmith.methods.statistics import order_statistics, totals
 
 # -- one task vector's entry for all ------------------------------------------------------------------------------
@@ -78,6 +78,10 @@ def emr(
 @method(
     base="required",
     minimum=1,
+    # The entries that were chosen compete again at the size they had before lambda.
+    continues=Continuation(
+        ("weight",), lambda _, given, models: {"weight": 1.0 / given["lambda"]} if given["lambda"] else None
+    ),
     properties=("idempotent", "symmetric", "translates", "removable"),
     source="Marczak et al., MagMax, ECCV 2024, arXiv:2407.06322",
 )
@@ -93,8 +97,9 @@ def magmax(
     positive one (the authors' code takes the later model's). The authors' experiments use lambda 0.5 and fine-tune
     each model from the one before.
 
-    Models may come one at a time: without weights and with lambda 1, the result merged with a further model is what
-    all of them at once give, to the last bit where the output keeps the inputs' dtype. Apply lambda last.
+    Models may come one at a time (``weightsmith merge --onto``): the result, with the weight ``1 / lambda``, merged
+    with a further model is what all of them at once give; with lambda 1 and without weights to the last bit, where
+    the output keeps the inputs' dtype.
     """
     xp = block.xp
     highest, lowest = extremes(xp, _weighted(block, weight))
@@ -153,9 +158,9 @@ def consensus(
     ``multi_task: ties`` sums the entries of the elected sign after trimming to the largest 0.2 (dis-sum).
 
     The authors choose mask_lambda per model from 0.2 to 0.6 and lambda from 0.1 to 1 on validation data; 0.4 serves
-    without data. Masks compare whole task vectors, trimmed or not. A model of weight 0 uses nothing. A sum of zero
-    elects plus, where the authors' code lets the whole model's majority decide. As a control, ``dare_linear`` with
-    ``rescale: false`` keeps as many entries at random.
+    without data. Masks compare whole task vectors with D, even where D is made of trimmed ones. A model of weight 0
+    uses nothing. Their trimming keeps one entry more, and where a sum is zero lets the whole model's majority elect
+    the sign; here it elects plus. As a control, ``dare_linear`` with ``rescale: false`` keeps as many at random.
     """
     xp = block.xp
     vector = joined(xp, trim.apply(block), weight, consensus=multi_task == "ties", normalize=False)
