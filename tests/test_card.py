@@ -5,10 +5,11 @@ from __future__ import annotations
 import yaml
 
 from weightsmith.card import model_card
+from weightsmith.methods.registry import get_method
 
 
 def card(recipe="merge_method: x\n", models=("org/one", "./local", "org/two"), **more):
-    settings = {"method": "ties", "source": "a paper", "base": "org/one", "config": {"architectures": ["L"]}, **more}
+    settings = {"methods": [get_method("ties")], "base": "org/one", "config": {"architectures": ["L"]}, **more}
     return model_card(recipe, models=models, **settings)
 
 

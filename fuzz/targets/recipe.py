@@ -16,7 +16,8 @@ from weightsmith.recipe.load import load_recipe
 _CUT = b"\n#8<\n"
 _WORDS = b"""merge_method models model parameters weight value filter scope base_model slices sources layer_range steps
 name include variables ${v} &a *a <<: - --- { } [ ] : , | > !!int !!float !!set !!omap !!binary !!timestamp ? 2001-01-01
-1:30 0x1f ~ one.yaml ../x.yaml dtype float16 modules tokenizer tokens source kind zero"""
+1:30 0x1f ~ one.yaml ../x.yaml dtype float16 modules tokenizer tokens source kind zero
+rules names regex layers passthrough"""
 
 
 def run(content: bytes) -> None:
@@ -68,12 +69,14 @@ def seeds() -> Sequence[bytes]:
     steps += (
         b"merge_method: ties\nbase_model: s\nmodels: [{model: s, parameters: {w: '${v}'}}]\n---\nname: n\n" + linear
     )
+    rules = linear + b"rules:\n- {filter: norm, merge_method: m, parameters: {w: [0, 1]}}\n- {scope: {names: '*e*', "
+    rules += b"layers: [0, 2]}, models: [{model: a, parameters: {w: 1}}]}\n- {filter: '*', parameters: {w: 2}}\n"
     laughs = b"a: &a [1, 1, 1]\nb: &b [*a, *a, *a]\nc: {<<: {x: *b}, y: 0x1f, z: 1:30:00.5, d: 2001-01-01}\n"
     odd = b"a: !!set {b, c}\nd: !!omap [e: 1]\nf: !!binary aGk=\ng: !!timestamp 2001-01-01\nh: !!float .inf\n"
     includes = (
         b"include: [one.yaml]\n" + linear + _CUT + b"include: two.yaml\nvariables: {v: 1}" + _CUT + b"dtype: float16"
     )
-    return [*(b"\0" + t for t in (linear, slices, modules, steps, laughs, odd)), b"\1" + includes]
+    return [*(b"\0" + t for t in (linear, slices, modules, steps, rules, laughs, odd)), b"\1" + includes]
 
 
 TARGET = Target("recipe", run, seeds, text_mutator(_WORDS.split()))

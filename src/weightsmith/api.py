@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weightsmith.comparison import Comparison
 
 Source = str | os.PathLike[str] | Checkpoint
+_SOURCES = (str, os.PathLike, Checkpoint)
 
 
 def open(reference: str | os.PathLike[str]) -> Checkpoint:
@@ -52,6 +53,7 @@ def merge(
     chat_template: str | None = None,
     on_missing: str = "error",
     on_shape_mismatch: str = "error",
+    rules: Sequence[Mapping[str, Any]] = (),
     **parameters: Any,
 ) -> LazyCheckpoint:
     """Merge models, lazily.
@@ -68,6 +70,10 @@ def merge(
         chat_template: ``"auto"``, a known format's name, or a Jinja template.
         on_missing: what to do with tensors that some inputs lack: ``error``, ``base``, ``first`` or ``skip``.
         on_shape_mismatch: what to do with tensors of different shape: ``error``, ``base`` or ``first``.
+        rules: for some tensors another method, or other models or parameters; the first that holds decides. Each has
+            the keys of a recipe's rule: ``{"filter": "norm", "merge_method": "linear", "parameters": {"weight": 1}}``.
+            Its ``models`` are given as here, or as mappings of ``model`` and ``parameters``, and its parameters as
+            here: a list is one entry for each of the rule's models where a parameter has a value per model.
         **parameters: the method's parameters (``lambda_`` for ``lambda``). For one that has a value per model,
             a list with one entry per model, or one value for all; any value may be a schedule over layers
             (a list) or a list of conditions, as in a recipe.
@@ -76,7 +82,8 @@ def merge(
         A checkpoint whose tensors are computed when they are read; ``.save(path)`` writes it.
 
     Raises:
-        MethodError: if the method is unknown or does not take these parameters.
+        MethodError: if a method is unknown or does not take these parameters.
+        RecipeError: if a rule is not one.
         PlanError: if the models cannot be merged so.
     """
     inputs = _Inputs()
@@ -93,13 +100,19 @@ def merge(
         chat_template=chat_template,
         on_missing=on_missing,
         on_shape_mismatch=on_shape_mismatch,
+        rules=[inputs.rule(rule) for rule in rules],
         steps=inputs.steps,
     )
     return compile_recipe(recipe, inputs.opened)
 
 
 def build_recipe(
-    method: str, models: Sequence[str], base: str | None, parameters: Mapping[str, Any], **settings: Any
+    method: str,
+    models: Sequence[str],
+    base: str | None,
+    parameters: Mapping[str, Any],
+    rules: Sequence[Any] = (),
+    **settings: Any,
 ) -> Recipe:
     """Return the recipe of one merge.
 
@@ -108,6 +121,7 @@ def build_recipe(
         models: the models' references.
         base: the base's reference.
         parameters: the method's parameters, as :func:`merge` takes them.
+        rules: rules as :func:`merge` takes them, their models by reference.
         **settings: further keys of the recipe.
 
     Raises:
@@ -117,15 +131,41 @@ def build_recipe(
     shared, own = _divide(method, parameters, len(models))
     document = {
         "merge_method": method,
-        "models": [
-            {"model": reference, **({"parameters": given} if given else {})}
-            for reference, given in zip(models, own, strict=True)
-        ],
+        "models": _with_parameters(models, own),
         **({"base_model": base} if base is not None else {}),
         **({"parameters": shared} if shared else {}),
+        **({"rules": [_rule(rule, f"rules[{i}]", method, models) for i, rule in enumerate(rules)]} if rules else {}),
         **settings,
     }
     return validate(document, "the merge")
+
+
+def _with_parameters(models: Sequence[str], own: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"model": reference, **({"parameters": given} if given else {})}
+        for reference, given in zip(models, own, strict=True)
+    ]
+
+
+def _rule(rule: Any, place: str, method: str, models: Sequence[str]) -> Any:
+    """Put a rule's parameters of single models under these models, as a recipe has them."""
+    if not isinstance(rule, Mapping):
+        return rule
+    parameters, own_method, given = rule.get("parameters"), rule.get("merge_method") or method, rule.get("models")
+    entries = _with_parameters(models, [{}] * len(models)) if given is None else given
+    understood = isinstance(own_method, str) and isinstance(entries, list)
+    if not isinstance(parameters, Mapping) or not understood or not all(isinstance(one, dict) for one in entries):
+        # Nothing to divide, or a mistake that is found with all others.
+        return rule
+    try:
+        shared, own = _divide(own_method, parameters, len(entries))
+    except MethodError as error:
+        raise MethodError(f"{place}: {error}") from None
+    divided = [
+        {**entry, "parameters": {**settings, **(entry.get("parameters") or {})}} if settings else entry
+        for entry, settings in zip(entries, own, strict=True)
+    ]
+    return {**rule, "parameters": shared, **({"models": divided} if given is not None or any(own) else {})}
 
 
 def average(models: Sequence[Source], weights: Sequence[float] | None = None) -> LazyCheckpoint:
@@ -196,6 +236,19 @@ class _Inputs:
         if known is not source:
             raise RecipeError(f"two different checkpoints are named {source.name!r}; give one another name")
         return source.name
+
+    def rule(self, rule: Any) -> Any:
+        """Return a rule with its models by reference; what is no rule is left for the recipe's check."""
+        models = rule.get("models") if isinstance(rule, Mapping) else None
+        if not isinstance(models, list | tuple):
+            return rule
+        return {**rule, "models": [self._of_rule(entry) for entry in models]}
+
+    def _of_rule(self, entry: Any) -> Any:
+        if isinstance(entry, _SOURCES):
+            return {"model": self.reference(entry)}
+        model = entry.get("model") if isinstance(entry, Mapping) else None
+        return {**entry, "model": self.reference(model)} if isinstance(model, _SOURCES) else entry
 
     def _step(self, source: LazyCheckpoint, recipe: Merge) -> str:
         for name, known in self.opened.items():

@@ -12,13 +12,13 @@ from weightsmith import __version__
 from weightsmith.checkpoint.hub import is_hub_id
 from weightsmith.checkpoint.reference import parse_reference
 from weightsmith.errors import RecipeError
+from weightsmith.methods.registry import Method
 
 
 def model_card(
     recipe: str,
     *,
-    method: str,
-    source: str,
+    methods: Sequence[Method],
     models: Sequence[str],
     base: str | None,
     config: Mapping[str, Any],
@@ -27,8 +27,7 @@ def model_card(
 
     Args:
         recipe: the recipe as YAML.
-        method: the method's name.
-        source: where the method was published.
+        methods: the methods that make its tensors, the recipe's own first.
         models: the models' references, as the recipe gives them.
         base: the base's reference, if there is one.
         config: the result's config.
@@ -40,12 +39,16 @@ def model_card(
     if config.get("architectures"):
         front["library_name"] = "transformers"
     listed = "\n".join(f"- `{_inline(model)}`" + (" (base)" if model == base else "") for model in models)
-    published = f"\n\nThe method: {source}." if source else ""
+    first, *others = methods
+    by = f"`{first.name}`" + (f", and for some tensors `{'`, `'.join(one.name for one in others)}`" if others else "")
+    published = "".join(
+        f"\n\nThe method{f' `{one.name}`' if others else ''}: {one.source}." for one in methods if one.source
+    )
     fence = "`" * max(3, _longest_run(recipe, "`") + 1)
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n"
         "# A merged model\n\n"
-        f"Merged with weightsmith {__version__} by `{method}` from:\n\n{listed}{published}\n\n"
+        f"Merged with weightsmith {__version__} by {by} from:\n\n{listed}{published}\n\n"
         "## The recipe\n\n"
         "Kept beside this file as `weightsmith.yaml`; `weightsmith merge weightsmith.yaml OUT` makes the same "
         "weights again.\n\n"

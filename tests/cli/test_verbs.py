@@ -180,6 +180,16 @@ def test_schema_is_json(run):
         (["methods", "tise"], 1, "did you mean 'ties'"),
         (["plan", "--method", "linear", "--model", "/nowhere", "-p", "weight"], 2, "NAME=VALUE"),
         (["merge", "r.yaml", "out", "--shard-size", "many"], 2, "is no size"),
+        (["plan", "--method", "linear", "--model", "a", "--rule", "norm"], 2, "write NAMES=METHOD"),
+        (["plan", "--method", "linear", "--model", "a", "--rule", "*norm*=linear,weight"], 2, "write NAMES=METHOD"),
+        (["plan", "--method", "linear", "--model", "a", "--rule", "*norm*="], 2, "write NAMES=METHOD"),
+        (
+            ["plan", "--method", "linear", "--model", "a", "--rule", "*=liner,weight=1"],
+            1,
+            "rules[0]: there is no method",
+        ),
+        (["plan", "--method", "linear", "--model", "a", "--rule", "*=linear,weight=[1"], 1, "the value is not YAML"),
+        (["plan", "r.yaml", "--rule", "*norm*=linear"], 2, "give either a recipe file, or --method with"),
     ],
 )
 def test_mistakes_get_one_clear_line(run, arguments, code, message):

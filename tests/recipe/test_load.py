@@ -64,6 +64,17 @@ modules:
   text_decoder: {models: [{model: whole}, {model: text, prefix: model.}], parameters: {weight: 0.5}}
   vision_tower: {prefix: visual., slices: [{sources: [{model: whole, layer_range: [0, 2]}]}]}
 """,
+    "rules": """
+merge_method: ties
+base_model: base
+models: [{model: a}, {model: {model: {path: b, revision: main}}}]
+parameters: {density: 0.2, weight: 1}
+rules:
+- {filter: norm, merge_method: linear, parameters: {weight: [0, 1]}}
+- {scope: {names: "*embed*"}, merge_method: passthrough, models: [{model: a, parameters: {scale: 2}}]}
+- {filter: lm_head, scope: {layers: [0, 4], regex: x, modules: [m]}, parameters: {density: {value: 0.5}}}
+- {filter: "*", merge_method: linear, models: [{model: {model: {path: b, revision: main}}}]}
+""",
     "steps": """
 steps:
   first: {merge_method: linear, models: [{model: a}, {model: b}]}
@@ -117,6 +128,11 @@ def test_a_recipe_survives_being_written_out_and_fits_the_schema(name):
          "circle: a -> b -> a"),
         ("x: " + "[" * 60 + "]" * 60, "nested more than 40"),
         (LINEAR + "parameters: {w: [{scope: {regex: '('}, value: 1}]}", "not a regular expression"),
+        (LINEAR + "rules: [{filter: x}]", r"rules\[0\]: the rule changes nothing"),
+        (LINEAR + "rules: [{filter: x, merge_method: m}, {merge_method: m}]", r"rules\[1\]: say with filter or scope"),
+        (LINEAR + "rules: [{filter: x, merge_metod: m}]", r"rules\[0\]: unknown key 'merge_metod' \(did you mean 'merge_method'"),
+        (LINEAR + "rules: [{filter: x, models: [{modle: a}]}]", r"models\[0\].*modle.*known are model, parameters"),
+        (LINEAR + "rules: {norm: linear}", "rules must be a list"),
         ("", "is empty"),
     ],
 )  # fmt: skip

@@ -29,6 +29,15 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             help="A parameter of the method; for one value per model, a list: weight=[0.3,0.7].",
         ),
+        click.option(
+            "--rule",
+            "rules",
+            metavar="NAMES=METHOD",
+            multiple=True,
+            help="Another method for tensors whose names fit a pattern with * and ?, with parameters of its own and "
+            "some of the models: '*norm*=linear,weight=1', 'lm_head*=passthrough,model=A', '*mlp*=density=0.5'. The "
+            "first that fits decides; may be repeated.",
+        ),
         click.option("--set", "variables", metavar="NAME=VALUE", multiple=True, help="A variable of the recipe."),
         click.option("--dtype", help="The output's dtype."),
         click.option("--out-dtype", help="The output's dtype, where the recipe's dtype is to stay."),
@@ -88,6 +97,7 @@ def read_recipe(
     base: str | None,
     models: Sequence[str],
     parameters: Sequence[str],
+    rules: Sequence[str],
     variables: Sequence[str],
     dtype: str | None,
     out_dtype: str | None,
@@ -103,8 +113,8 @@ def read_recipe(
     changes = {"dtype": dtype, "out_dtype": out_dtype, "seed": seed, "compat": compat}
     changes = {key: value for key, value in changes.items() if value is not None}
     if path is not None:
-        if method or base or models or parameters:
-            raise click.UsageError("give either a recipe file, or --method with --model, --base and -p")
+        if method or base or models or parameters or rules:
+            raise click.UsageError("give either a recipe file, or --method with --model, --base, -p and --rule")
         from weightsmith.recipe.load import load_recipe, validate
 
         recipe = load_recipe(path, dict(_pair(text, "--set") for text in variables))
@@ -116,7 +126,38 @@ def read_recipe(
     from weightsmith.api import build_recipe
 
     given = dict(_pair(text, "-p") for text in parameters)
-    return build_recipe(method, list(models), base, given, **changes)
+    return build_recipe(method, list(models), base, given, [_rule(text) for text in rules], **changes)
+
+
+def _rule(text: str) -> dict[str, Any]:
+    """Read ``NAMES=METHOD,NAME=VALUE,…``: parameters, and ``model`` for the models that take part."""
+    names, separator, rest = text.partition("=")
+    first, *others = _divide(rest)
+    # Without a method the merge's own is meant, with other parameters or models.
+    own = "=" in first
+    pairs = [entry.partition("=") for entry in ([first] if own else []) + others]
+    if not names or not separator or not first or not all(name and value for name, _, value in pairs):
+        raise click.UsageError(f"--rule {text!r}: write NAMES=METHOD, or NAMES=METHOD,NAME=VALUE,…")
+    models = [value for name, _, value in pairs if name == "model"]
+    given = dict(_pair("=".join((name, value)), "--rule") for name, _, value in pairs if name != "model")
+    return {
+        "scope": {"names": names},
+        **({} if own else {"merge_method": first}),
+        **({"models": [{"model": model} for model in models]} if models else {}),
+        **({"parameters": given} if given else {}),
+    }
+
+
+def _divide(text: str) -> list[str]:
+    """Cut a text at the commas that stand outside brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _pair(text: str, option: str) -> tuple[str, Any]:

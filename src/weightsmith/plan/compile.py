@@ -15,13 +15,12 @@ from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import other_files, tokenizer_files
 from weightsmith.checkpoint.reference import parse_reference
 from weightsmith.engine.memory import uncollected
-from weightsmith.errors import PlanError, RecipeError
-from weightsmith.methods.registry import Method, get_method
-from weightsmith.methods.settings import check_inputs
+from weightsmith.errors import PlanError
 from weightsmith.plan.maker import Maker
 from weightsmith.plan.merged import Beside, LazyCheckpoint
 from weightsmith.plan.naming import Naming, name_slots
-from weightsmith.plan.slots import Model, Settings
+from weightsmith.plan.slots import Model
+from weightsmith.plan.ways import Ways
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge, Recipe
 from weightsmith.tokenizer.chat_template import choose_template, read_template
@@ -54,15 +53,14 @@ def compile_recipe(recipe: Recipe, opened: Mapping[str, Checkpoint] | None = Non
 
 
 def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) -> LazyCheckpoint:
-    method = get_method(recipe.merge_method)
-    _check_parameters(recipe, method)
+    ways = Ways(recipe)
     naming = name_slots(recipe, _opener(find))
-    maker = Maker(recipe, method)
-    _check_models(method, naming, maker.warnings)
+    methods, warnings = ways.check(naming.slots, naming.models)
+    maker = Maker(recipe, ways)
     made = {slot.name: maker.make(slot) for slot in naming.slots}
     maker.finish()
     tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
-    warnings = maker.warnings
+    warnings += maker.warnings
     written = {name: maker.dtype_of(tensor) for name, tensor in tensors.items()}
     config = _config(recipe, naming, maker, tensors, written, warnings)
     donor = naming.donor.checkpoint
@@ -80,8 +78,7 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
         warnings += [f"step {step.name}: {warning}" for warning in step.warnings]
     card = model_card(
         to_yaml(recipe),
-        method=method.name,
-        source=method.source,
+        methods=methods,
         models=[model.reference for model in naming.models],
         base=recipe.base_model,
         config=config,
@@ -113,59 +110,6 @@ def _opener(find: Callable[[str], Checkpoint]) -> Callable[[str], Model]:
         return models[reference]
 
     return open_model
-
-
-def _check_parameters(recipe: Merge, method: Method) -> None:
-    """Refuse parameters that the method does not take, or that are given where they would have no effect."""
-
-    def check(settings: Settings | None, where: str, *, one_model: bool) -> None:
-        for name in settings or {}:
-            parameter = method.parameter(name)
-            if one_model and not parameter.per_model:
-                raise RecipeError(
-                    f"{where}: {name} of method {method.name!r} is one value for all models; "
-                    "give it under the parameters of the slice, the module or the merge"
-                )
-
-    check(recipe.parameters, "parameters", one_model=False)
-    holders: list[tuple[str, Any]] = [("", recipe)]
-    for name, module in (recipe.modules or {}).items():
-        check(module.parameters, f"modules.{name}.parameters", one_model=False)
-        holders.append((f"modules.{name}.", module))
-    for prefix, holder in holders:
-        for i, entry in enumerate(holder.models or ()):
-            check(entry.parameters, f"{prefix}models[{i}].parameters", one_model=True)
-        for i, piece in enumerate(holder.slices or ()):
-            check(piece.parameters, f"{prefix}slices[{i}].parameters", one_model=False)
-            for j, source in enumerate(piece.sources):
-                where = f"{prefix}slices[{i}].sources[{j}].parameters"
-                check(source.parameters, where, one_model=True)
-
-
-def _check_models(method: Method, naming: Naming, warnings: list[str]) -> None:
-    """Check the number of models, and that their weights are numbers a method can work on."""
-    for slot in naming.slots:
-        if not slot.carried:
-            with_base = method.base != "unused" and slot.base is not None
-            own = slot.base.model if with_base and slot.base else None
-            count = sum(one.model is not own for one in slot.models)
-            check_inputs(method, count, has_base=with_base)
-            if any(one.model is own and one.settings for one in slot.models):
-                warnings.append(f"{own.reference if own else ''} is the base: parameters given under it have no effect")
-            break
-    for model in naming.models:
-        quantised = model.checkpoint.config.get("quantization_config")
-        if quantised and method.name != "passthrough":
-            kind = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else "quantised"
-            raise PlanError(
-                f"{model.reference} is quantised ({kind}): its tensors are codes, not weights, and cannot be "
-                "merged entry by entry; merge the model it was made from"
-            )
-        if model.checkpoint.is_adapter and method.name != "passthrough":
-            raise PlanError(
-                f"{model.reference} is an adapter: merging its factors entry by entry would not merge the changes "
-                f"they stand for; name it on its base: BASE+{model.reference}"
-            )
 
 
 def _config(

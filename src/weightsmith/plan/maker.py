@@ -11,9 +11,9 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
 from weightsmith.errors import MethodError, PlanError
-from weightsmith.methods.registry import Method
 from weightsmith.plan.parameters import Resolver
 from weightsmith.plan.slots import Contribution, Slot
+from weightsmith.plan.ways import Way, Ways
 from weightsmith.recipe.schema import Merge
 
 _SHOWN = 5
@@ -27,16 +27,16 @@ class Maker:
         untied: names of head tensors that some model ties to its embeddings and another does not.
     """
 
-    def __init__(self, recipe: Merge, method: Method) -> None:
+    def __init__(self, recipe: Merge, ways: Ways) -> None:
         self._recipe = recipe
-        self._method = method
-        self._resolver = Resolver(method, recipe.compat)
+        self._ways = ways
+        self._resolvers: dict[Way, Resolver] = {}
         self._cast = dtypes.float_from_name(recipe.dtype) if recipe.dtype else None
         output = recipe.out_dtype or recipe.dtype
         self._output = dtypes.float_from_name(output) if output else None
-        self._groups: dict[tuple[str | None, str, int | None], Group] = {}
-        self._missing: list[tuple[Slot, list[str], list[str]]] = []
-        self._misshapen: list[tuple[Slot, list[tuple[str, tuple[int, ...]]]]] = []
+        self._groups: dict[tuple[Way, str | None, str, int | None], Group] = {}
+        self._missing: list[tuple[Way, Slot, list[str], list[str]]] = []
+        self._misshapen: list[tuple[Way, Slot, list[tuple[str, tuple[int, ...]]]]] = []
         self._left_out: list[str] = []
         self._taken: dict[str, list[str]] = {}
         self.warnings: list[str] = []
@@ -46,12 +46,15 @@ class Maker:
         """Return the slot's tensor, or None where it is left out or cannot be made (see :meth:`finish`)."""
         if slot.carried:
             return self._carry(slot, slot.models[0])
-        base, models = self._participants(slot)
+        way = self._ways.of(slot.where)
+        base, models = way.participants(slot)
         everyone = [base, *models] if base else models
-        found = [self._find(one) for one in everyone]
+        found = [_find(one) for one in everyone]
+        if any(_is_tied(one) for one in slot.contributions):
+            self.untied.add(slot.name)
         tensors = [tensor for tensor in found if tensor is not None]
         if len(tensors) < len(found):
-            return self._incomplete(slot, everyone, found)
+            return self._incomplete(slot, way, everyone, found)
         floats = [dtypes.is_float(tensor.dtype) for tensor in tensors]
         if not any(floats):
             return self._carry(slot, everyone[0])
@@ -59,12 +62,12 @@ class Maker:
             kinds = ", ".join(
                 f"{dtypes.name_of(t.dtype)} in {one.model.label}" for one, t in zip(everyone, tensors, strict=True)
             )
-            raise PlanError(f"{slot.name} cannot be merged: it is {kinds}; only floating tensors are merged")
+            raise PlanError(way.named(f"{slot.name} cannot be merged: it is {kinds}; only floating tensors are merged"))
         if len({tensor.shape for tensor in tensors}) > 1:
-            return self._mismatched(slot, everyone, tensors)
+            return self._mismatched(slot, way, everyone, tensors)
         if tensors[0].size == 0:
             return self._carry(slot, everyone[0])
-        return self._compute(slot, base, models, tensors)
+        return self._compute(slot, way, base, models, tensors)
 
     def finish(self) -> None:
         """Raise one error for all tensors that could not be made, and note those that were left out.
@@ -73,18 +76,22 @@ class Maker:
             PlanError: if tensors are missing or differ in shape, and the recipe does not say what to do then.
         """
         if self._missing:
-            slot, having, lacking = self._missing[0]
+            way, slot, having, lacking = self._missing[0]
             raise PlanError(
-                f"{slot.name} is in {_names(having)} but not in {_names(lacking)}{_more(self._missing)}; "
-                "say where such tensors come from with on_missing: base, first or skip"
+                way.named(
+                    f"{slot.name} is in {_names(having)} but not in {_names(lacking)}{_more(self._missing)}; "
+                    "say where such tensors come from with on_missing: base, first or skip"
+                )
             )
         if self._misshapen:
-            slot, shapes = self._misshapen[0]
+            way, slot, shapes = self._misshapen[0]
             text = " and ".join(f"{list(shape)} in {label}" for label, shape in shapes)
             raise PlanError(
-                f"{slot.name} is {text}{_more(self._misshapen)}; models of different shape cannot be merged "
-                "entry by entry: with on_shape_mismatch: base or first such tensors are taken from one model "
-                "(where only the vocabulary differs, from the model whose tokenizer the result takes)"
+                way.named(
+                    f"{slot.name} is {text}{_more(self._misshapen)}; models of different shape cannot be merged "
+                    "entry by entry: with on_shape_mismatch: base or first such tensors are taken from one model "
+                    "(where only the vocabulary differs, from the model whose tokenizer the result takes)"
+                )
             )
         if self._left_out:
             self.warnings.append(f"left out (on_missing: skip): {_names(self._left_out)}")
@@ -92,81 +99,60 @@ class Maker:
             self.warnings.append(f"taken from {label} alone: {_names(names)}")
         self._check_groups()
 
-    def _participants(self, slot: Slot) -> tuple[Contribution | None, list[Contribution]]:
-        """Tell the base from the models; a method without use for a base treats it as any other model."""
-        if slot.base is None:
-            return None, list(slot.models)
-        own = slot.base.model
-        if self._method.base == "unused":
-            listed = any(one.model is own for one in slot.models)
-            unlisted = [] if listed or self._recipe.compat != "mergekit" else [slot.base]
-            return None, [*slot.models, *unlisted]
-        return slot.base, [one for one in slot.models if one.model is not own]
-
-    def _find(self, one: Contribution) -> Tensor | None:
-        checkpoint = one.model.checkpoint
-        if one.tensor in checkpoint:
-            return checkpoint[one.tensor]
-        source = alias_source(one.tensor, checkpoint)
-        if source is None and tied_embeddings(checkpoint.config):
-            source = tied_source(one.tensor, checkpoint)
-            if source is not None:
-                self.untied.add(one.tensor)
-        return None if source is None else checkpoint[source]
-
     def _incomplete(
         self,
         slot: Slot,
+        way: Way,
         everyone: list[Contribution],
         found: list[Tensor | None],
     ) -> Tensor | None:
-        having = [one for one, tensor in zip(everyone, found, strict=True) if tensor is not None]
         lacking = [one for one, tensor in zip(everyone, found, strict=True) if tensor is None]
-        # A tensor of a base that the method has no use for: it is the base's alone.
-        having = having or ([slot.base] if slot.base else [])
-        rule = self._recipe.on_missing
-        if rule == "error":
-            self._missing.append((slot, [o.model.label for o in having], [o.model.label for o in lacking]))
+        having = [one for one, tensor in zip(everyone, found, strict=True) if tensor is not None]
+        # Where none of those who take part has it, it is another's to give: an unused base's, or a rule's others'.
+        having = having or [one for one in slot.contributions if _find(one) is not None]
+        choice = self._recipe.on_missing
+        if choice == "error":
+            self._missing.append((way, slot, [o.model.label for o in having], [o.model.label for o in lacking]))
             return None
-        if rule == "first" or (rule == "base" and slot.base is not None):
-            chosen = having[0] if rule == "first" else slot.base
-            if chosen is not None and self._find(chosen) is not None:
+        if choice == "first" or (choice == "base" and slot.base is not None):
+            chosen = having[0] if choice == "first" else slot.base
+            if chosen is not None and _find(chosen) is not None:
                 self._taken.setdefault(chosen.model.label, []).append(slot.name)
                 return self._carry(slot, chosen)
         self._left_out.append(slot.name)
         return None
 
-    def _mismatched(self, slot: Slot, everyone: list[Contribution], tensors: list[Tensor]) -> Tensor | None:
-        rule = self._recipe.on_shape_mismatch
-        chosen = slot.base if rule == "base" else everyone[0]
-        if rule == "error" or chosen is None:
+    def _mismatched(self, slot: Slot, way: Way, everyone: list[Contribution], tensors: list[Tensor]) -> Tensor | None:
+        choice = self._recipe.on_shape_mismatch
+        chosen = slot.base if choice == "base" else everyone[0]
+        if choice == "error" or chosen is None:
             shapes = {tensor.shape: one.model.label for one, tensor in zip(everyone, tensors, strict=True)}
-            self._misshapen.append((slot, [(label, shape) for shape, label in shapes.items()]))
+            self._misshapen.append((way, slot, [(label, shape) for shape, label in shapes.items()]))
             return None
         self._taken.setdefault(chosen.model.label, []).append(slot.name)
         return self._carry(slot, chosen)
 
     def _carry(self, slot: Slot, one: Contribution) -> Tensor | None:
-        tensor = self._find(one)
+        tensor = _find(one)
         if tensor is None:
             raise PlanError(f"{one.model.label} has no tensor {one.tensor}, which {slot.name} is taken from")
         return tensor
 
     def _compute(
-        self, slot: Slot, base: Contribution | None, models: list[Contribution], tensors: list[Tensor]
+        self, slot: Slot, way: Way, base: Contribution | None, models: list[Contribution], tensors: list[Tensor]
     ) -> Tensor:
-        parameters = self._parameters(slot, models, has_base=base is not None)
+        parameters = self._parameters(slot, way, models, has_base=base is not None)
         own = tensors[1:] if base else tensors
         return Computed(
             slot.name,
             self._output or dtypes.promote([tensor.dtype for tensor in tensors]),
-            self._method,
+            way.method,
             tuple(own),
             tensors[0] if base else None,
             parameters=parameters,
             labels=tuple(one.model.label for one in models),
             seed=self._recipe.seed,
-            group=self._group(slot, parameters),
+            group=self._group(slot, way, parameters),
             rounds=self._output is not None,
             casts=self._cast if self._recipe.compat == "mergekit" else None,
         )
@@ -177,37 +163,64 @@ class Maker:
             return self._output
         return tensor.dtype
 
-    def _parameters(self, slot: Slot, models: list[Contribution], *, has_base: bool) -> Mapping[str, Any]:
+    def _parameters(self, slot: Slot, way: Way, models: list[Contribution], *, has_base: bool) -> Mapping[str, Any]:
+        resolver = self._resolvers.get(way)
+        if resolver is None:
+            resolver = self._resolvers[way] = Resolver(way, self._recipe.compat)
         try:
-            return self._resolver.resolve(slot, models, has_base=has_base)
+            return resolver.resolve(slot, models, has_base=has_base)
         except MethodError as error:
             labels = ", ".join(one.model.label for one in models)
-            raise PlanError(f"{error} (for {slot.name}, merging {labels})") from error
+            raise PlanError(way.named(f"{error} (for {slot.name}, merging {labels})")) from error
 
-    def _group(self, slot: Slot, parameters: Mapping[str, Any]) -> Group | None:
-        scope = parameters.get(self._method.scope) if self._method.scope else None
-        if self._method.statistic is None or scope not in ("layer", "model"):
+    def _group(self, slot: Slot, way: Way, parameters: Mapping[str, Any]) -> Group | None:
+        """Return the tensors that the method's statistic ranges over: those of a scope that are made in one way."""
+        method = way.method
+        scope = parameters.get(method.scope) if method.scope else None
+        if method.statistic is None or scope not in ("layer", "model"):
             return None
-        key: tuple[str | None, str, int | None] = (None, "", None)
+        key: tuple[Way, str | None, str, int | None] = (way, None, "", None)
         if scope == "layer":
             layer = slot.where.layer
             # Stacks of two modules may have the same name within them.
-            key = (slot.where.module, slot.name if layer is None else slot.stack, layer)
+            key = (way, slot.where.module, slot.name if layer is None else slot.stack, layer)
         return self._groups.setdefault(key, Group())
 
     def _check_groups(self) -> None:
-        for group in self._groups.values():
+        for (way, *_), group in self._groups.items():
             first = group.members[0]
             wide = max((member.working for member in group.members), key=lambda dtype: dtype.itemsize)
             for member in group.members:
                 member.working = wide
-                for name in self._method.statistic_parameters:
+                for name in way.method.statistic_parameters:
                     if member.parameters[name] != first.parameters[name]:
+                        scope = way.method.scope
                         raise PlanError(
-                            f"{name} differs between {first.name} and {member.name}, but with "
-                            f"{self._method.scope}: {first.parameters[str(self._method.scope)]} it must be one "
-                            "value for all of them: use scope tensor, or give one value"
+                            way.named(
+                                f"{name} differs between {first.name} and {member.name}, but with "
+                                f"{scope}: {first.parameters[str(scope)]} it must be one value for all of them: "
+                                "use scope tensor, or give one value"
+                            )
                         )
+
+
+def _find(one: Contribution) -> Tensor | None:
+    """Return what a model contributes, under another of its names if need be; None where it has nothing."""
+    checkpoint = one.model.checkpoint
+    if one.tensor in checkpoint:
+        return checkpoint[one.tensor]
+    source = alias_source(one.tensor, checkpoint)
+    if source is None and tied_embeddings(checkpoint.config):
+        source = tied_source(one.tensor, checkpoint)
+    return None if source is None else checkpoint[source]
+
+
+def _is_tied(one: Contribution) -> bool:
+    """Whether a model has a head under no name of its own, because it ties it to its embeddings."""
+    checkpoint = one.model.checkpoint
+    if one.tensor in checkpoint or alias_source(one.tensor, checkpoint) is not None:
+        return False
+    return tied_embeddings(checkpoint.config) and tied_source(one.tensor, checkpoint) is not None
 
 
 def _names(names: list[str]) -> str:

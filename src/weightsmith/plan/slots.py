@@ -68,6 +68,11 @@ class Slot(NamedTuple):
         """The tensor's name in the output."""
         return self.where.name
 
+    @property
+    def contributions(self) -> tuple[Contribution, ...]:
+        """What the base, if there is one, and the models contribute."""
+        return self.models if self.base is None else (self.base, *self.models)
+
 
 def union(*collections: Mapping[str, object]) -> list[str]:
     """Return the names in any of the mappings: in the first's order, with others' after their predecessors."""

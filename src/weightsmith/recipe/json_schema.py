@@ -19,8 +19,9 @@ def json_schema() -> dict[str, Any]:
         "description": "Recipe files beneath this one: what they say holds where this file says nothing.",
     }
     own["variables"] = {"type": "object", "description": "Values for ${name} in any text of the recipe."}
-    for holder in (own, schema["$defs"]["Merge"]["properties"]):
+    for holder in (own, schema["$defs"]["Merge"]["properties"], schema["$defs"]["ScopeRule"]["properties"]):
+        method = holder["merge_method"]
+        others = method.pop("anyOf", [{"type": method.pop("type", None)}])
         # Any text is allowed beside the known names: a plugin may bring a method that is not known here.
-        holder["merge_method"]["anyOf"] = [{"enum": list(all_methods())}, {"type": "string"}]
-        holder["merge_method"].pop("type", None)
+        method["anyOf"] = [{"enum": list(all_methods())}, *others]
     return schema

@@ -95,6 +95,7 @@ def _text(place: tuple[Any, ...]) -> str:
 
 _HOLDERS: dict[str, type[BaseModel]] = {
     "models": schema.ModelInput,
+    "rules": schema.ScopeRule,
     "slices": schema.Slice,
     "sources": schema.Source,
     "modules": schema.Module,
@@ -110,7 +111,7 @@ _HOLDERS: dict[str, type[BaseModel]] = {
 def _keys_at(place: tuple[Any, ...]) -> list[str]:
     """Return the keys that are known at a place of a recipe."""
     for part in reversed(place):
-        holder = _HOLDERS.get(str(part))
+        holder = schema.RuleModel if part == "models" and "rules" in place else _HOLDERS.get(str(part))
         if holder is not None:
             return list(holder.model_fields)
     return [*schema.Recipe.model_fields, "include", "variables"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from weightsmith.recipe.schema import Condition, Scalar, Scope, Setting
+from weightsmith.recipe.schema import Condition, Scalar, Scope, Selection, Setting
 
 
 class Place(NamedTuple):
@@ -90,7 +90,7 @@ def value_at(candidates: Sequence[Rule], where: Place) -> Scalar | None:
         where: the tensor.
     """
     for rule in candidates:
-        if rule.condition is None or _holds(rule.condition, where):
+        if rule.condition is None or holds(rule.condition, where):
             value = rule.value
             return _interpolate(value, where.position or 0.0) if isinstance(value, tuple) else value
     return None
@@ -111,10 +111,11 @@ def _interpolate(values: Sequence[Scalar], position: float) -> Scalar:
     return left + (place - before) * (right - left)
 
 
-def _holds(condition: Condition, where: Place) -> bool:
-    if condition.filter is not None and condition.filter != "*" and condition.filter not in where.name:
+def holds(selection: Selection, where: Place) -> bool:
+    """Whether a filter and a scope let a tensor through."""
+    if selection.filter is not None and selection.filter != "*" and selection.filter not in where.name:
         return False
-    return condition.scope is None or _in_scope(condition.scope, where)
+    return selection.scope is None or _in_scope(selection.scope, where)
 
 
 def _in_scope(scope: Scope, where: Place) -> bool:

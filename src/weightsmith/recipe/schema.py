@@ -61,13 +61,18 @@ class Scope(_Part):
         return value
 
 
-class Condition(_Part):
-    """A value for those tensors that a filter and a scope let through."""
+class Selection(_Part):
+    """Those tensors that a filter and a scope let through."""
 
     filter: str | None = Field(
         None, description="A text that the tensor's name must contain; '*' or nothing for all tensors."
     )
     scope: Scope | None = Field(None, description="Further conditions on layer, name or module.")
+
+
+class Condition(Selection):
+    """A value for those tensors that a filter and a scope let through."""
+
     value: Scalar | tuple[Scalar, ...] = Field(
         description="The value, or a list of values that is spread over the layers."
     )
@@ -128,6 +133,33 @@ class Module(_Part):
         return self
 
 
+class RuleModel(_Part):
+    """One of the merge's models, to take part in what a rule decides."""
+
+    model: Reference = Field(description="The model, by the text by which the merge names it.")
+    parameters: Settings = Field(default_factory=dict, description="Parameters of the rule's method for this model.")
+
+
+class ScopeRule(Selection):
+    """Another method, or other models or parameters, for those tensors that a filter and a scope let through."""
+
+    merge_method: str | None = Field(None, description="The method; by default the merge's own.")
+    models: tuple[RuleModel, ...] | None = Field(
+        None, min_length=1, description="Those of the merge's models (or its base) that take part; by default all do."
+    )
+    parameters: Settings = Field(
+        default_factory=dict, description="Parameters of the rule's method; what is not given here the merge gives."
+    )
+
+    @model_validator(mode="after")
+    def _decides(self) -> ScopeRule:
+        if self.filter is None and self.scope is None:
+            raise ValueError("say with filter or scope which tensors the rule is for; merge_method takes the rest")
+        if self.merge_method is None and self.models is None and not self.parameters:
+            raise ValueError("the rule changes nothing: give merge_method, models or parameters")
+        return self
+
+
 class TokenSource(_Part):
     """Where the embedding of a token comes from."""
 
@@ -164,6 +196,9 @@ class Merge(_Part):
     slices: tuple[Slice, ...] | None = Field(None, description="Or the layers it is put together from.")
     modules: dict[str, Module] | None = Field(None, description="Or its towers, each merged by itself.")
     parameters: Settings = Field(default_factory=dict, description="Parameters of the method.")
+    rules: tuple[ScopeRule, ...] = Field(
+        (), description="For some tensors another method; the first rule that holds decides, merge_method the rest."
+    )
     dtype: DTypeName | None = Field(
         None, description="The output's dtype; by default that of the inputs, tensor by tensor."
     )
