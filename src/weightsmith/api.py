@@ -69,7 +69,8 @@ def merge(
         tokenizer_source: ``"base"`` or one of the models: whose tokenizer the output takes.
         chat_template: ``"auto"``, a known format's name, or a Jinja template.
         on_missing: what to do with tensors that some inputs lack: ``error``, ``base``, ``first`` or ``skip``.
-        on_shape_mismatch: what to do with tensors of different shape: ``error``, ``base`` or ``first``.
+        on_shape_mismatch: what to do with tensors of different shape: ``error``, ``base`` or ``first``; ``pad`` or
+            ``crop`` where the number of rows alone differs.
         rules: for some tensors another method, or other models or parameters; the first that holds decides. Each has
             the keys of a recipe's rule: ``{"filter": "norm", "merge_method": "linear", "parameters": {"weight": 1}}``.
             Its ``models`` are given as here, or as mappings of ``model`` and ``parameters``, and its parameters as

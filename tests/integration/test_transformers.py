@@ -100,6 +100,26 @@ def test_an_average_loads_and_computes_what_the_averaged_model_computes(name, tm
     torch.testing.assert_close(compute(merged, name), compute(one, name), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("choice", "rows"), [("pad", 70), ("crop", 64)])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "vit"])
+def test_vocabularies_of_two_lengths_come_out_as_one_that_loads(name, choice, rows, tmp_path):
+    longer = {"text_config": {**SMALL, "vocab_size": 70}} if name == "clip" else {"vocab_size": 70}
+    one, other = make(tmp_path / "a", name, 0), make(tmp_path / "b", name, 1, **longer)
+    ws.merge("linear", [tmp_path / "a", tmp_path / "b"], weight=[0.5, 0.5], on_shape_mismatch=choice).save(
+        tmp_path / "out"
+    )
+    merged = load(tmp_path / "out", name)
+    for key, value in merged.state_dict().items():
+        if value.ndim:
+            expected = torch.zeros(value.shape, dtype=torch.float64)
+            for part in (one.state_dict()[key], other.state_dict()[key]):
+                expected[: len(part)] += part[: len(value)].double() / 2
+            torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
+    tables = [key for key, value in merged.state_dict().items() if value.shape[:1] == (rows,)]
+    assert [key for key in tables if "emb" in key or "wte" in key or "shared" in key]
+    compute(merged, name)
+
+
 @pytest.mark.parametrize("name", STACKABLE)
 def test_a_stacked_model_has_the_layers_and_the_config_that_it_needs(name, tmp_path):
     model = make(tmp_path / "a", name, 0)

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weightsmith.architecture.stacks import LAYER_COUNTS, Architecture, Stack
+from weightsmith.errors import PlanError
 
 # Part of a config -> how the names of its tensors begin. Parts that are not listed go by their own name.
 _TOWERS = {
@@ -43,6 +44,8 @@ _PERIODS = (
 )
 # Those that have no effect where layer_types lists the kinds.
 _OF_ATTENTION = _PERIODS[:3]
+# Keys of the number of rows that embeddings and head have.
+_ROWS = ("vocab_size", "padded_vocab_size", "n_vocab")
 # Layers that predict further tokens: they lie behind the others, and are counted by themselves.
 _EXTRA = "num_nextn_predict_layers"
 # The output head, under no number.
@@ -122,12 +125,8 @@ def _count_keys(
     """Find the keys that count a stack's layers: by their value, in the part of the config that is nearest."""
     sizes = {len(stack.indices), stack.indices[-1] + 1}
     several = len(architecture.stacks) > 1
-    holders = list(_holders(config, stack.prefix))
-    if _APART.search(stack.prefix) and any(depth for (depth, _), _ in holders):
-        # The count of another tower may have the same value.
-        holders = [(fitness, holder) for fitness, holder in holders if fitness[0]]
     found = []
-    for fitness, holder in holders:
+    for fitness, holder in _holders(config, stack.prefix):
         extra = holder.get(_EXTRA)
         keys = [key for key in LAYER_COUNTS if _is_count(holder.get(key), sizes, extra)]
         if several:
@@ -156,8 +155,13 @@ def _qualified(keys: Sequence[str], prefix: str) -> list[str]:
     return own or [key for key in keys if not words(key)]
 
 
-def _holders(config: dict[str, Any], prefix: str) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Yield the parts of a config that may be about a stack, with how well they fit; the whole fits least."""
+def _holders(config: dict[str, Any], prefix: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """Return the parts of a config that may be about a stack or tensor, with how well they fit; the whole fits least.
+
+    Args:
+        config: the whole config.
+        prefix: the stack's prefix, or the tensor's name.
+    """
 
     def visit(holder: dict[str, Any], depth: int, earliest: int) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
         yield (depth, -earliest), holder
@@ -171,7 +175,11 @@ def _holders(config: dict[str, Any], prefix: str) -> Iterator[tuple[tuple[int, i
             elif stem in _DEFAULT:
                 yield from visit(value, depth, earliest)
 
-    yield from visit(config, 0, 0)
+    holders = list(visit(config, 0, 0))
+    if _APART.search(prefix) and any(depth for (depth, _), _ in holders):
+        # A number of another tower may have the same value.
+        return [(fitness, holder) for fitness, holder in holders if fitness[0]]
+    return holders
 
 
 def _restack(holder: dict[str, Any], count: int, sources: Sequence[int]) -> list[str]:
@@ -218,6 +226,41 @@ def _restack_ends(
             notes.append(f"{name}: {special} counts {end} layers of another kind, and they are not the {end} any more")
         holder[name] = sum(kinds)
     return notes
+
+
+def with_rows(config: Mapping[str, Any], tables: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[str]]:
+    """Return the config of a model whose tables of tokens have another number of rows, and what a person should know.
+
+    Args:
+        config: the donor's config.
+        tables: embedding or head -> the rows it has in the donor, and now.
+
+    Raises:
+        PlanError: if tables that a config gives one length have several now: no model could load them.
+    """
+    changed = copy.deepcopy(dict(config))
+    found: dict[tuple[int, str], tuple[dict[str, Any], str, int]] = {}
+    notes = []
+    for name, (before, now) in tables.items():
+        places = [
+            (holder, key) for _, holder in _holders(changed, name) for key in _ROWS if _same(holder.get(key), before)
+        ]
+        for holder, key in places:
+            _, first, rows = found.setdefault((id(holder), key), (holder, name, now))
+            if rows != now:
+                raise PlanError(
+                    f"{first} has {rows} rows in the result and {name} has {now}, and a model has one {key}: take both "
+                    "from the same models, or bring them to one length with on_shape_mismatch: pad or crop"
+                )
+        if not places and before != now:
+            notes.append(f"{name} has {now} rows instead of {before}, and the config has no vocab_size of {before}")
+    for (_, key), (holder, _, now) in found.items():
+        holder[key] = now
+    return changed, notes
+
+
+def _same(value: object, number: int) -> bool:
+    return type(value) is int and value == number
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -276,6 +319,11 @@ def alias_source(name: str, names: Container[str]) -> str | None:
         if name in aliases:
             return next((alias for alias in aliases if alias in names and alias != name), None)
     return None
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the weight by which a model gives each token its chance."""
+    return _HEAD.match(name) is not None
 
 
 def tied_source(name: str, names: Iterable[str]) -> str | None:

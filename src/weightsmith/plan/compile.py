@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from weightsmith import dtypes
@@ -20,11 +19,11 @@ from weightsmith.plan.maker import Maker
 from weightsmith.plan.merged import Beside, LazyCheckpoint
 from weightsmith.plan.naming import Naming, name_slots
 from weightsmith.plan.slots import Model
+from weightsmith.plan.vocabularies import check_vocabularies, token_tables
 from weightsmith.plan.ways import Ways
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge, Recipe
 from weightsmith.tokenizer.chat_template import choose_template, read_template
-from weightsmith.tokenizer.vocabulary import read_vocabulary
 
 
 def compile_recipe(recipe: Recipe, opened: Mapping[str, Checkpoint] | None = None) -> LazyCheckpoint:
@@ -69,7 +68,7 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
         **other_files(donor.companions.files),
         **tokenizer_files(tokenizer.checkpoint.companions.files),
     }
-    _compare_vocabularies(naming, warnings)
+    warnings += check_vocabularies(naming.models, tokenizer, tensors)
     template = choose_template(
         recipe.chat_template, [read_template(model.checkpoint.companions.files) for model in naming.models]
     )
@@ -127,6 +126,8 @@ def _config(
     for restack in naming.restacks:
         config, notes = configs.with_layers(config, restack.stack, restack.picked, architecture)
         warnings += notes
+    config, notes = configs.with_rows(config, token_tables(tensors, naming.donor.checkpoint))
+    warnings += notes
     own_head = any(not configs.tied_embeddings(model.checkpoint.config) for model in naming.models)
     if own_head and maker.untied & set(tensors) and configs.tied_embeddings(config):
         config = configs.untie(config)
@@ -163,28 +164,3 @@ def _tokenizer_of(recipe: Merge, naming: Naming) -> Model:
             return model
     names = ", ".join(model.reference for model in naming.models)
     raise PlanError(f"tokenizer_source {source!r} is none of the models that are merged: {names}")
-
-
-def _compare_vocabularies(naming: Naming, warnings: list[str]) -> None:
-    """Warn where models number their tokens differently: merging their embeddings mixes different tokens."""
-    first: dict[str, int] | None = None
-    owner = ""
-    same: set[bytes] = set()
-    for model in naming.models:
-        file = model.checkpoint.companions.files.get("tokenizer.json")
-        content = Path(file).read_bytes() if file is not None else None
-        if content is None or content in same:
-            continue
-        vocabulary = read_vocabulary(model.checkpoint.companions.files)
-        if vocabulary is None:
-            continue
-        if first is None:
-            first, owner = vocabulary, model.reference
-        else:
-            differing = sum(vocabulary.get(token, -1) != place for token, place in first.items())
-            if differing:
-                warnings.append(
-                    f"{model.reference} numbers {differing} of {owner}'s {len(first)} tokens differently or "
-                    "lacks them; rows of embeddings are merged by number, not by token"
-                )
-        same.add(content)

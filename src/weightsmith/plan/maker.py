@@ -7,10 +7,12 @@ from typing import Any
 
 from weightsmith import dtypes
 from weightsmith.architecture.config import alias_source, tied_embeddings, tied_source
+from weightsmith.checkpoint.resized import resized
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
 from weightsmith.errors import MethodError, PlanError
+from weightsmith.plan.evaluated import Evaluated
 from weightsmith.plan.parameters import Resolver
 from weightsmith.plan.slots import Contribution, Slot
 from weightsmith.plan.ways import Way, Ways
@@ -39,6 +41,8 @@ class Maker:
         self._misshapen: list[tuple[Way, Slot, list[tuple[str, tuple[int, ...]]]]] = []
         self._left_out: list[str] = []
         self._taken: dict[str, list[str]] = {}
+        self._lengthened: dict[tuple[str, int], list[str]] = {}
+        self._statistics: dict[int, Any] = {}
         self.warnings: list[str] = []
         self.untied: set[str] = set()
 
@@ -64,9 +68,11 @@ class Maker:
             )
             raise PlanError(way.named(f"{slot.name} cannot be merged: it is {kinds}; only floating tensors are merged"))
         if len({tensor.shape for tensor in tensors}) > 1:
-            return self._mismatched(slot, way, everyone, tensors)
+            if self._recipe.on_shape_mismatch not in ("pad", "crop") or not _differ_in_rows([t.shape for t in tensors]):
+                return self._mismatched(slot, way, everyone, tensors)
+            tensors = self._to_one_length(slot, everyone, tensors)
         if tensors[0].size == 0:
-            return self._carry(slot, everyone[0])
+            return tensors[0]
         return self._compute(slot, way, base, models, tensors)
 
     def finish(self) -> None:
@@ -86,17 +92,25 @@ class Maker:
         if self._misshapen:
             way, slot, shapes = self._misshapen[0]
             text = " and ".join(f"{list(shape)} in {label}" for label, shape in shapes)
+            ways_out = "with on_shape_mismatch: base or first such tensors are taken from one model"
+            if _differ_in_rows([shape for _, shape in shapes]):
+                ways_out += (
+                    " (where the vocabulary differs, from the model whose tokenizer the result takes); pad completes "
+                    "the shorter with rows of zeros, crop cuts all to the shortest"
+                )
             raise PlanError(
                 way.named(
                     f"{slot.name} is {text}{_more(self._misshapen)}; models of different shape cannot be merged "
-                    "entry by entry: with on_shape_mismatch: base or first such tensors are taken from one model "
-                    "(where only the vocabulary differs, from the model whose tokenizer the result takes)"
+                    f"entry by entry: {ways_out}"
                 )
             )
         if self._left_out:
             self.warnings.append(f"left out (on_missing: skip): {_names(self._left_out)}")
         for label, names in self._taken.items():
             self.warnings.append(f"taken from {label} alone: {_names(names)}")
+        for (label, rows), names in self._lengthened.items():
+            told = f"{rows} rows of zeros are added to {label}" if rows > 0 else f"{-rows} rows of {label} are dropped"
+            self.warnings.append(f"{told} (on_shape_mismatch: {self._recipe.on_shape_mismatch}): {_names(names)}")
         self._check_groups()
 
     def _incomplete(
@@ -124,13 +138,27 @@ class Maker:
 
     def _mismatched(self, slot: Slot, way: Way, everyone: list[Contribution], tensors: list[Tensor]) -> Tensor | None:
         choice = self._recipe.on_shape_mismatch
-        chosen = slot.base if choice == "base" else everyone[0]
-        if choice == "error" or chosen is None:
+        chosen = {"base": slot.base, "first": everyone[0]}.get(choice)
+        if chosen is None:
             shapes = {tensor.shape: one.model.label for one, tensor in zip(everyone, tensors, strict=True)}
             self._misshapen.append((way, slot, [(label, shape) for shape, label in shapes.items()]))
             return None
         self._taken.setdefault(chosen.model.label, []).append(slot.name)
         return self._carry(slot, chosen)
+
+    def _to_one_length(self, slot: Slot, everyone: list[Contribution], tensors: list[Tensor]) -> list[Tensor]:
+        """Bring tensors to as many rows as the longest (pad) or the shortest (crop) of them has."""
+        lengths = [tensor.shape[0] for tensor in tensors]
+        rows = max(lengths) if self._recipe.on_shape_mismatch == "pad" else min(lengths)
+        fitted: list[Tensor] = []
+        for one, tensor in zip(everyone, tensors, strict=True):
+            if tensor.shape[0] == rows:
+                fitted.append(tensor)
+                continue
+            self._lengthened.setdefault((one.model.label, rows - tensor.shape[0]), []).append(slot.name)
+            readable = Evaluated(tensor, self._statistics) if isinstance(tensor, Computed) else tensor
+            fitted.append(resized(readable, rows))
+        return fitted
 
     def _carry(self, slot: Slot, one: Contribution) -> Tensor | None:
         tensor = _find(one)
@@ -213,6 +241,11 @@ def _find(one: Contribution) -> Tensor | None:
     if source is None and tied_embeddings(checkpoint.config):
         source = tied_source(one.tensor, checkpoint)
     return None if source is None else checkpoint[source]
+
+
+def _differ_in_rows(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether shapes are the same but for the length of their first axis."""
+    return all(shapes) and len({shape[1:] for shape in shapes}) == 1
 
 
 def _is_tied(one: Contribution) -> bool:

@@ -16,17 +16,20 @@ from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
 from weightsmith.checkpoint.manifest import MANIFEST_KEY
+from weightsmith.checkpoint.resized import ResizedTensor
 from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.backend import NUMPY, Backend, choose_backend
 from weightsmith.engine.executor import OnNonfinite, Summary, check_space, execute, nonfinite_of
+from weightsmith.engine.expression import stored_within
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.memory import uncollected
 from weightsmith.engine.plan import Plan, Task
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import default_threads
 from weightsmith.errors import CheckpointError, OutputError
+from weightsmith.plan.evaluated import Evaluated
 from weightsmith.plan.provenance import describe, files_of, hash_inputs, write_into_header, write_manifest
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge
@@ -132,7 +135,7 @@ class LazyCheckpoint(Checkpoint):
                 tasks,
                 lay_out(tasks, _parts(self), shard_size, file, metadata),
                 self.identities,
-                _sources(self._inputs),
+                self._sources(tasks),
                 recipe,
                 self.warnings,
             )
@@ -240,6 +243,27 @@ class LazyCheckpoint(Checkpoint):
             warnings=tuple(dict.fromkeys((*plan.warnings, *notes))),
         )
 
+    def _sources(self, tasks: Sequence[Task]) -> dict[int, str]:
+        """Return the id of every stored tensor that is read -> name of the checkpoint that it is of."""
+        known = self._owners()
+        for task in tasks:
+            for tensor in stored_within(task.tensor):
+                # A tensor that was made longer or shorter is still its model's.
+                inner = tensor.tensor if isinstance(tensor, ResizedTensor) else tensor
+                origin = inner.computed if isinstance(inner, Evaluated) else inner
+                if id(origin) in known:
+                    known[id(tensor)] = known[id(origin)]
+        return known
+
+    def _owners(self) -> dict[int, str]:
+        """Return the id of every tensor of the inputs, and of theirs where they are steps -> name of its checkpoint."""
+        known: dict[int, str] = {}
+        for one in self._inputs:
+            known |= {id(tensor): one.name for tensor in one.values()}
+            if isinstance(one, LazyCheckpoint):
+                known |= one._owners()
+        return known
+
     def _write_beside(self, folder: Path, plan: Plan) -> list[str]:
         """Write everything but the weights, and return what a person should know of it."""
         for name, index in plan.layout.indexes.items():
@@ -294,10 +318,6 @@ def _is_transformers(checkpoint: Checkpoint, component: str) -> bool:
     if file is None:
         return False
     return "architectures" in json.loads(file.read_bytes())
-
-
-def _sources(inputs: Sequence[Checkpoint]) -> dict[int, str]:
-    return {id(tensor): one.name for one in inputs for tensor in one.values()}
 
 
 def _run_identity(plan: Plan, backend: Backend, contents: Mapping[str, str]) -> dict[str, Any]:

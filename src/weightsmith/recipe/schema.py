@@ -213,8 +213,10 @@ class Merge(_Part):
     on_missing: Literal["error", "base", "first", "skip"] = Field(
         "error", description="What to do with a tensor that some of the models lack."
     )
-    on_shape_mismatch: Literal["error", "base", "first"] = Field(
-        "error", description="What to do with a tensor whose shape differs between the models."
+    on_shape_mismatch: Literal["error", "base", "first", "pad", "crop"] = Field(
+        "error",
+        description="What to do with a tensor whose shape differs between the models: take one model's; or, where it "
+        "differs in the number of rows alone, complete the shorter with rows of zeros, or cut all to the shortest.",
     )
     compat: Literal["mergekit"] | None = Field(
         None, description="Restore that tool's numbers where it departs from the published method."
