@@ -17,7 +17,7 @@ _CUT = b"\n#8<\n"
 _WORDS = b"""merge_method models model parameters weight value filter scope base_model slices sources layer_range steps
 name include variables ${v} &a *a <<: - --- { } [ ] : , | > !!int !!float !!set !!omap !!binary !!timestamp ? 2001-01-01
 1:30 0x1f ~ one.yaml ../x.yaml dtype float16 modules tokenizer tokens source kind zero
-rules names regex layers passthrough"""
+rules names regex layers passthrough fisher base_fisher"""
 
 
 def run(content: bytes) -> None:

@@ -54,6 +54,8 @@ def merge(
     on_missing: str = "error",
     on_shape_mismatch: str = "error",
     rules: Sequence[Mapping[str, Any]] = (),
+    fisher: Sequence[Source | None] | None = None,
+    base_fisher: Source | None = None,
     **parameters: Any,
 ) -> LazyCheckpoint:
     """Merge models, lazily.
@@ -75,6 +77,9 @@ def merge(
             the keys of a recipe's rule: ``{"filter": "norm", "merge_method": "linear", "parameters": {"weight": 1}}``.
             Its ``models`` are given as here, or as mappings of ``model`` and ``parameters``, and its parameters as
             here: a list is one entry for each of the rule's models where a parameter has a value per model.
+        fisher: for methods that take importances of weights, a Fisher checkpoint for each model, or None for one
+            without: tensors under the names of the model's weights and in their shapes.
+        base_fisher: the same for the base.
         **parameters: the method's parameters (``lambda_`` for ``lambda``). For one that has a value per model,
             a list with one entry per model, or one value for all; any value may be a schedule over layers
             (a list) or a list of conditions, as in a recipe.
@@ -102,6 +107,8 @@ def merge(
         on_missing=on_missing,
         on_shape_mismatch=on_shape_mismatch,
         rules=[inputs.rule(rule) for rule in rules],
+        fishers=None if fisher is None else [None if one is None else inputs.reference(one) for one in fisher],
+        **({} if base_fisher is None else {"base_fisher": inputs.reference(base_fisher)}),
         steps=inputs.steps,
     )
     return compile_recipe(recipe, inputs.opened)
@@ -113,6 +120,7 @@ def build_recipe(
     base: str | None,
     parameters: Mapping[str, Any],
     rules: Sequence[Any] = (),
+    fishers: Sequence[str | None] | None = None,
     **settings: Any,
 ) -> Recipe:
     """Return the recipe of one merge.
@@ -123,6 +131,7 @@ def build_recipe(
         base: the base's reference.
         parameters: the method's parameters, as :func:`merge` takes them.
         rules: rules as :func:`merge` takes them, their models by reference.
+        fishers: the reference of each model's Fisher checkpoint, None for a model without; or nothing for none.
         **settings: further keys of the recipe.
 
     Raises:
@@ -130,9 +139,17 @@ def build_recipe(
         RecipeError: if a key or value is not one that a recipe takes.
     """
     shared, own = _divide(method, parameters, len(models))
+    fishers = [None] * len(models) if fishers is None else fishers
+    if len(fishers) != len(models):
+        raise RecipeError(
+            f"fisher has {len(fishers)} entries for {len(models)} models; give one for each, None for a model without"
+        )
     document = {
         "merge_method": method,
-        "models": _with_parameters(models, own),
+        "models": [
+            {**entry, **({} if fisher is None else {"fisher": fisher})}
+            for entry, fisher in zip(_with_parameters(models, own), fishers, strict=True)
+        ],
         **({"base_model": base} if base is not None else {}),
         **({"parameters": shared} if shared else {}),
         **({"rules": [_rule(rule, f"rules[{i}]", method, models) for i, rule in enumerate(rules)]} if rules else {}),

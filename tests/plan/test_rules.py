@@ -334,6 +334,8 @@ def test_python_and_yaml_and_flags_are_one_recipe(three):
         models=[a, b],
         parameters=["weight=1.0", "density=0.4"],
         rules=["*norm*=linear,weight=[0.3,0.7]", f"*embed*=passthrough,model={a}", "lm_head.*=density=0.5"],
+        fishers=[],
+        base_fisher=None,
         variables=[],
         plugins=[],
         **dict.fromkeys(("dtype", "out_dtype", "seed", "compat")),

@@ -67,7 +67,8 @@ modules:
     "rules": """
 merge_method: ties
 base_model: base
-models: [{model: a}, {model: {model: {path: b, revision: main}}}]
+base_fisher: of-base
+models: [{model: a}, {model: {model: {path: b, revision: main}}, fisher: {model: {path: of-b}}}]
 parameters: {density: 0.2, weight: 1}
 rules:
 - {filter: norm, merge_method: linear, parameters: {weight: [0, 1]}}

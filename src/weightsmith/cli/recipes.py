@@ -38,6 +38,14 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "some of the models: '*norm*=linear,weight=1', 'lm_head*=passthrough,model=A', '*mlp*=density=0.5'. The "
             "first that fits decides; may be repeated.",
         ),
+        click.option(
+            "--fisher",
+            "fishers",
+            metavar="MODEL=CHECKPOINT",
+            multiple=True,
+            help="The importances of a model's weights, for methods that take them; may be repeated.",
+        ),
+        click.option("--base-fisher", metavar="CHECKPOINT", help="The importances of the base's weights."),
         click.option("--set", "variables", metavar="NAME=VALUE", multiple=True, help="A variable of the recipe."),
         click.option("--dtype", help="The output's dtype."),
         click.option("--out-dtype", help="The output's dtype, where the recipe's dtype is to stay."),
@@ -98,6 +106,8 @@ def read_recipe(
     models: Sequence[str],
     parameters: Sequence[str],
     rules: Sequence[str],
+    fishers: Sequence[str],
+    base_fisher: str | None,
     variables: Sequence[str],
     dtype: str | None,
     out_dtype: str | None,
@@ -113,8 +123,10 @@ def read_recipe(
     changes = {"dtype": dtype, "out_dtype": out_dtype, "seed": seed, "compat": compat}
     changes = {key: value for key, value in changes.items() if value is not None}
     if path is not None:
-        if method or base or models or parameters or rules:
-            raise click.UsageError("give either a recipe file, or --method with --model, --base, -p and --rule")
+        if method or base or models or parameters or rules or fishers or base_fisher:
+            raise click.UsageError(
+                "give either a recipe file, or --method with --model, --base, -p, --rule, --fisher and --base-fisher"
+            )
         from weightsmith.recipe.load import load_recipe, validate
 
         recipe = load_recipe(path, dict(_pair(text, "--set") for text in variables))
@@ -126,7 +138,22 @@ def read_recipe(
     from weightsmith.api import build_recipe
 
     given = dict(_pair(text, "-p") for text in parameters)
-    return build_recipe(method, list(models), base, given, [_rule(text) for text in rules], **changes)
+    if base_fisher is not None:
+        changes["base_fisher"] = base_fisher
+    importances = _fishers(fishers, models)
+    return build_recipe(method, list(models), base, given, [_rule(text) for text in rules], importances, **changes)
+
+
+def _fishers(texts: Sequence[str], models: Sequence[str]) -> list[str | None]:
+    """Read ``MODEL=CHECKPOINT`` for some of the models; the model is one that is given, and may hold ``=``."""
+    found: list[str | None] = [None] * len(models)
+    for text in texts:
+        owners = [i for i, model in enumerate(models) if text.startswith(f"{model}=") and len(text) > len(model) + 1]
+        if not owners:
+            raise click.UsageError(f"--fisher {text!r}: write MODEL=CHECKPOINT, MODEL as one --model has it")
+        for i in owners:
+            found[i] = text.removeprefix(f"{models[i]}=")
+    return found
 
 
 def _rule(text: str) -> dict[str, Any]:

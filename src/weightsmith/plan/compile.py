@@ -57,7 +57,7 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
     methods, warnings = ways.check(naming.slots, naming.models)
     maker = Maker(recipe, ways)
     made = {slot.name: maker.make(slot) for slot in naming.slots}
-    maker.finish()
+    maker.finish(naming)
     tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
     warnings += maker.warnings
     written = {name: maker.dtype_of(tensor) for name, tensor in tensors.items()}
@@ -72,7 +72,8 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
     template = choose_template(
         recipe.chat_template, [read_template(model.checkpoint.companions.files) for model in naming.models]
     )
-    steps = [one.checkpoint for one in naming.models if isinstance(one.checkpoint, LazyCheckpoint)]
+    everything = [one.checkpoint for one in (*naming.models, *naming.fishers)]
+    steps = [one for one in everything if isinstance(one, LazyCheckpoint)]
     for step in steps:
         warnings += [f"step {step.name}: {warning}" for warning in step.warnings]
     card = model_card(
@@ -88,7 +89,7 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
         recipe=recipe,
         companions=Companions(config, files),
         beside=Beside(files, template, card),
-        inputs=[model.checkpoint for model in naming.models],
+        inputs=everything,
         written=written,
         warnings=list(dict.fromkeys(warnings)),
         components=donor.components,

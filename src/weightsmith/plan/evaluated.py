@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.checkpoint.recent import RECENT
+from weightsmith.checkpoint.resized import resized
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.engine.evaluate import Evaluator
 from weightsmith.engine.expression import Computed, computed_within
@@ -47,3 +48,14 @@ class Evaluated(Tensor):
         # An evaluator keeps whole matrices; this one would for as long as the plan is there.
         (values,) = RECENT.get(self, lambda: (Evaluator().values(computed, 0, self.size, computed.working),))
         return values[start:stop]
+
+
+def with_rows(tensor: Tensor, rows: int, shared: dict[int, Any]) -> Tensor:
+    """Return a tensor of a file, or of a step, with so many rows: see :func:`weightsmith.checkpoint.resized.resized`.
+
+    Args:
+        tensor: a tensor of at least one axis.
+        rows: the length of the first axis.
+        shared: see :class:`Evaluated`.
+    """
+    return resized(Evaluated(tensor, shared) if isinstance(tensor, Computed) else tensor, rows)

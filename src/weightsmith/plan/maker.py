@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith import dtypes
-from weightsmith.architecture.config import alias_source, tied_embeddings, tied_source
-from weightsmith.checkpoint.resized import resized
+from weightsmith.architecture.config import tied_source
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
 from weightsmith.errors import MethodError, PlanError
-from weightsmith.plan.evaluated import Evaluated
+from weightsmith.plan.evaluated import with_rows
+from weightsmith.plan.importances import Importances
+from weightsmith.plan.naming import Naming
 from weightsmith.plan.parameters import Resolver
 from weightsmith.plan.slots import Contribution, Slot
 from weightsmith.plan.ways import Way, Ways
@@ -43,6 +44,7 @@ class Maker:
         self._taken: dict[str, list[str]] = {}
         self._lengthened: dict[tuple[str, int], list[str]] = {}
         self._statistics: dict[int, Any] = {}
+        self._importances = Importances(self._statistics)
         self.warnings: list[str] = []
         self.untied: set[str] = set()
 
@@ -53,7 +55,7 @@ class Maker:
         way = self._ways.of(slot.where)
         base, models = way.participants(slot)
         everyone = [base, *models] if base else models
-        found = [_find(one) for one in everyone]
+        found = [one.find() for one in everyone]
         if any(_is_tied(one) for one in slot.contributions):
             self.untied.add(slot.name)
         tensors = [tensor for tensor in found if tensor is not None]
@@ -75,11 +77,16 @@ class Maker:
             return tensors[0]
         return self._compute(slot, way, base, models, tensors)
 
-    def finish(self) -> None:
+    def finish(self, naming: Naming) -> None:
         """Raise one error for all tensors that could not be made, and note those that were left out.
 
+        Args:
+            naming: all that was to be made, and of what.
+
         Raises:
-            PlanError: if tensors are missing or differ in shape, and the recipe does not say what to do then.
+            PlanError: if tensors are missing or differ in shape, and the recipe does not say what to do then; or if
+                Fisher checkpoints lack tensors.
+            MethodError: if a Fisher checkpoint is given that no method takes.
         """
         if self._missing:
             way, slot, having, lacking = self._missing[0]
@@ -104,6 +111,7 @@ class Maker:
                     f"entry by entry: {ways_out}"
                 )
             )
+        self._importances.finish(naming.slots, naming.fishers)
         if self._left_out:
             self.warnings.append(f"left out (on_missing: skip): {_names(self._left_out)}")
         for label, names in self._taken.items():
@@ -123,14 +131,14 @@ class Maker:
         lacking = [one for one, tensor in zip(everyone, found, strict=True) if tensor is None]
         having = [one for one, tensor in zip(everyone, found, strict=True) if tensor is not None]
         # Where none of those who take part has it, it is another's to give: an unused base's, or a rule's others'.
-        having = having or [one for one in slot.contributions if _find(one) is not None]
+        having = having or [one for one in slot.contributions if one.find() is not None]
         choice = self._recipe.on_missing
         if choice == "error":
             self._missing.append((way, slot, [o.model.label for o in having], [o.model.label for o in lacking]))
             return None
         if choice == "first" or (choice == "base" and slot.base is not None):
             chosen = having[0] if choice == "first" else slot.base
-            if chosen is not None and _find(chosen) is not None:
+            if chosen is not None and chosen.find() is not None:
                 self._taken.setdefault(chosen.model.label, []).append(slot.name)
                 return self._carry(slot, chosen)
         self._left_out.append(slot.name)
@@ -156,12 +164,11 @@ class Maker:
                 fitted.append(tensor)
                 continue
             self._lengthened.setdefault((one.model.label, rows - tensor.shape[0]), []).append(slot.name)
-            readable = Evaluated(tensor, self._statistics) if isinstance(tensor, Computed) else tensor
-            fitted.append(resized(readable, rows))
+            fitted.append(with_rows(tensor, rows, self._statistics))
         return fitted
 
     def _carry(self, slot: Slot, one: Contribution) -> Tensor | None:
-        tensor = _find(one)
+        tensor = one.find()
         if tensor is None:
             raise PlanError(f"{one.model.label} has no tensor {one.tensor}, which {slot.name} is taken from")
         return tensor
@@ -170,6 +177,7 @@ class Maker:
         self, slot: Slot, way: Way, base: Contribution | None, models: list[Contribution], tensors: list[Tensor]
     ) -> Tensor:
         parameters = self._parameters(slot, way, models, has_base=base is not None)
+        fishers = self._importances.of(slot, way, [base, *models] if base else models, tensors[0].shape)
         own = tensors[1:] if base else tensors
         return Computed(
             slot.name,
@@ -183,6 +191,7 @@ class Maker:
             group=self._group(slot, way, parameters),
             rounds=self._output is not None,
             casts=self._cast if self._recipe.compat == "mergekit" else None,
+            fishers=fishers,
         )
 
     def dtype_of(self, tensor: Tensor) -> DType:
@@ -232,17 +241,6 @@ class Maker:
                         )
 
 
-def _find(one: Contribution) -> Tensor | None:
-    """Return what a model contributes, under another of its names if need be; None where it has nothing."""
-    checkpoint = one.model.checkpoint
-    if one.tensor in checkpoint:
-        return checkpoint[one.tensor]
-    source = alias_source(one.tensor, checkpoint)
-    if source is None and tied_embeddings(checkpoint.config):
-        source = tied_source(one.tensor, checkpoint)
-    return None if source is None else checkpoint[source]
-
-
 def _differ_in_rows(shapes: list[tuple[int, ...]]) -> bool:
     """Whether shapes are the same but for the length of their first axis."""
     return all(shapes) and len({shape[1:] for shape in shapes}) == 1
@@ -250,10 +248,8 @@ def _differ_in_rows(shapes: list[tuple[int, ...]]) -> bool:
 
 def _is_tied(one: Contribution) -> bool:
     """Whether a model has a head under no name of its own, because it ties it to its embeddings."""
-    checkpoint = one.model.checkpoint
-    if one.tensor in checkpoint or alias_source(one.tensor, checkpoint) is not None:
-        return False
-    return tied_embeddings(checkpoint.config) and tied_source(one.tensor, checkpoint) is not None
+    name = one.held_as
+    return name not in (None, one.tensor) and name == tied_source(one.tensor, one.model.checkpoint)
 
 
 def _names(names: list[str]) -> str:

@@ -9,7 +9,8 @@ from weightsmith.architecture.stacks import Architecture, Stack, analyse, before
 from weightsmith.architecture.towers import Tower
 from weightsmith.errors import PlanError
 from weightsmith.plan.parts import Open, Part, divide, find_towers
-from weightsmith.plan.slots import NO_SETTINGS, Contribution, Model, Settings, Slot, union
+from weightsmith.plan.slots import Contribution, Model, Participant, Settings, Slot, union
+from weightsmith.recipe.load import fishers, references
 from weightsmith.recipe.schedule import Place
 from weightsmith.recipe.schema import Merge, ModelInput, Module, Slice, Source
 
@@ -36,12 +37,14 @@ class Naming:
         donor: the model whose config, tokenizer and carried tensors the output takes: the base, or else the
             first model that the recipe lists.
         models: every model that takes part, the donor first.
+        fishers: the checkpoints of the importances of their weights.
         restacks: the stacks whose layers were chosen by slices.
     """
 
     slots: tuple[Slot, ...]
     donor: Model
     models: tuple[Model, ...]
+    fishers: tuple[Model, ...] = ()
     restacks: tuple[Restack, ...] = ()
 
 
@@ -55,20 +58,30 @@ def name_slots(recipe: Merge, open_model: Open) -> Naming:
     Raises:
         PlanError: if layer ranges, modules or stacks do not fit the models.
     """
-    base = open_model(recipe.base_model) if recipe.base_model else None
-    listed = [open_model(reference) for reference in _references(recipe)]
-    donor = base or listed[0]
-    models = tuple(dict.fromkeys([donor, *listed]))
-    top = recipe.parameters
+    first = [recipe.base_model] if recipe.base_model else []
+    everything = (*first, *_references(recipe), *references(recipe))
+    models = tuple(dict.fromkeys(open_model(reference) for reference in everything))
+    donor = models[0]
+    # Opened after all models: their short names, which random masks depend on, are as without these.
+    importances = tuple(dict.fromkeys(open_model(reference) for reference in fishers(recipe)))
+    base = _base(recipe, open_model)
+    restacks: list[Restack] = []
+    part = Part(donor, None, Tower(""), (recipe.parameters,))
     if recipe.modules:
         slots, restacks = _name_modules(recipe, donor, base, open_model)
-        return Naming(tuple(slots), donor, models, tuple(restacks))
-    part = Part(donor, None, Tower(""), (top,))
-    if recipe.slices:
+    elif recipe.slices:
         slots, restack = _name_slices(part, recipe.slices, base, open_model)
-        return Naming(tuple(slots), donor, models, (restack,))
-    slots = _name_models(part, recipe.models or (), base, open_model)
-    return Naming(tuple(slots), donor, models)
+        restacks.append(restack)
+    else:
+        slots = _name_models(part, recipe.models or (), base, open_model)
+    return Naming(tuple(slots), donor, models, importances, tuple(restacks))
+
+
+def _base(entry: Merge | Slice, open_model: Open) -> Participant | None:
+    if entry.base_model is None:
+        return None
+    fisher = open_model(entry.base_fisher) if entry.base_fisher else None
+    return Participant(open_model(entry.base_model), fisher=fisher)
 
 
 def _references(recipe: Merge) -> Iterable[str]:
@@ -81,25 +94,34 @@ def _references(recipe: Merge) -> Iterable[str]:
                 yield source.model
 
 
-def _name_models(part: Part, inputs: Sequence[ModelInput], base: Model | None, open_model: Open) -> list[Slot]:
-    models = [(open_model(entry.model), entry.parameters) for entry in inputs]
-    everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in models)]))
-    names = union(*(part.seen(model) for model in everyone))
+def _entry(entry: ModelInput | Source, open_model: Open) -> Participant:
+    fisher = open_model(entry.fisher) if entry.fisher else None
+    return Participant(open_model(entry.model), entry.parameters, fisher)
+
+
+def _name_models(part: Part, inputs: Sequence[ModelInput], base: Participant | None, open_model: Open) -> list[Slot]:
+    entries = [_entry(entry, open_model) for entry in inputs]
+    names = union(*(part.seen(model) for model in _everyone(base, entries)))
     architecture = analyse(names, part.donor.checkpoint.config)
-    towers = [(model, part.tower_in(model), own) for model, own in models]
+    towers = [(entry, part.tower_in(entry.model)) for entry in entries]
     slots = []
     for name in names:
         layer, position, stack = _whereabouts(architecture, name)
         slots.append(
             Slot(
                 Place(part.tower.name(name), layer, position, part.module),
-                tuple([Contribution(model, tower.name(name), own) for model, tower, own in towers]),
-                Contribution(base, part.name_in(base, name)) if base else None,
+                tuple([entry.contribution(tower.name(name)) for entry, tower in towers]),
+                base.contribution(part.name_in(base.model, name)) if base else None,
                 part.levels,
                 stack=stack,
             )
         )
     return slots
+
+
+def _everyone(base: Participant | None, entries: Iterable[Participant]) -> list[Model]:
+    """Return the models of participants, the base's first, each once."""
+    return list(dict.fromkeys(entry.model for entry in (*([base] if base else []), *entries)))
 
 
 def _whereabouts(architecture: Architecture, name: str) -> tuple[int | None, float | None, str]:
@@ -113,7 +135,7 @@ def _whereabouts(architecture: Architecture, name: str) -> tuple[int | None, flo
 
 
 def _name_slices(
-    part: Part, slices: Sequence[Slice], base: Model | None, open_model: Open
+    part: Part, slices: Sequence[Slice], base: Participant | None, open_model: Open
 ) -> tuple[list[Slot], Restack]:
     architectures: dict[int, tuple[Architecture, Stack]] = {}
 
@@ -127,20 +149,23 @@ def _name_slices(
     slots: list[Slot] = []
     picked: list[int] = []
     for number, piece in enumerate(slices):
-        slice_base = open_model(piece.base_model) if piece.base_model else base
-        sources = [(open_model(s.model), s) for s in piece.sources]
+        slice_base = _base(piece, open_model) or base
+        sources = [_entry(source, open_model) for source in piece.sources]
         length = _slice_length(number, piece, sources, of)
         levels = (piece.parameters, *part.levels)
         if number == 0:
             slots += _outside(part, sources, slice_base, levels, of, before=True)
         for step in range(length):
-            ranks = [(model, source.layer_range[0] + step) for model, source in sources]
+            ranks = [
+                (entry, source.layer_range[0] + step) for entry, source in zip(sources, piece.sources, strict=True)
+            ]
             # A base that is not among the sources takes part with the layer that the first source does.
-            base_rank = next((rank for model, rank in ranks if model is slice_base), ranks[0][1])
-            donor_rank = next((rank for model, rank in ranks if model is part.donor), ranks[0][1])
+            own = slice_base.model if slice_base else None
+            base_rank = next((rank for entry, rank in ranks if entry.model is own), ranks[0][1])
+            donor_rank = next((rank for entry, rank in ranks if entry.model is part.donor), ranks[0][1])
             position = step / (length - 1) if length > 1 else 1.0
             layer = _Layer(donor_stack, len(picked), position, ranks, (slice_base, base_rank) if slice_base else None)
-            slots += _layer_slots(part, layer, [source.parameters for _, source in sources], levels, of)
+            slots += _layer_slots(part, layer, levels, of)
             picked.append(donor_rank)
         if number == len(slices) - 1:
             slots += _outside(part, sources, slice_base, levels, of, before=False)
@@ -162,14 +187,13 @@ class _Layer:
     stack: Stack
     number: int
     position: float
-    ranks: list[tuple[Model, int]]
-    base: tuple[Model, int] | None
+    ranks: list[tuple[Participant, int]]
+    base: tuple[Participant, int] | None
 
 
 def _layer_slots(
     part: Part,
     layer: _Layer,
-    settings: Sequence[Settings],
     levels: tuple[Settings, ...],
     of: Callable[[Model], tuple[Architecture, Stack]],
 ) -> list[Slot]:
@@ -179,29 +203,27 @@ def _layer_slots(
         architecture, stack = of(model)
         return architecture.members(stack, stack.indices[rank])
 
-    def contribution(model: Model, rank: int, suffix: str, own: Settings) -> Contribution:
-        stack = of(model)[1]
-        return Contribution(model, part.name_in(model, stack.name(stack.indices[rank], suffix)), own)
+    def contribution(entry: Participant, rank: int, suffix: str) -> Contribution:
+        stack = of(entry.model)[1]
+        return entry.contribution(part.name_in(entry.model, stack.name(stack.indices[rank], suffix)))
 
     everyone = [*layer.ranks, *([layer.base] if layer.base else [])]
     return [
         Slot(
             Place(part.tower.name(layer.stack.name(layer.number, suffix)), layer.number, layer.position, part.module),
-            tuple(
-                contribution(model, rank, suffix, own) for (model, rank), own in zip(layer.ranks, settings, strict=True)
-            ),
-            contribution(*layer.base, suffix, NO_SETTINGS) if layer.base else None,
+            tuple(contribution(entry, rank, suffix) for entry, rank in layer.ranks),
+            contribution(*layer.base, suffix) if layer.base else None,
             levels,
             stack=layer.stack.prefix,
         )
-        for suffix in union(*(names(model, rank) for model, rank in everyone))
+        for suffix in union(*(names(entry.model, rank) for entry, rank in everyone))
     ]
 
 
 def _outside(
     part: Part,
-    sources: Sequence[tuple[Model, Source]],
-    base: Model | None,
+    sources: Sequence[Participant],
+    base: Participant | None,
     levels: tuple[Settings, ...],
     of: Callable[[Model], tuple[Architecture, Stack]],
     *,
@@ -214,13 +236,12 @@ def _outside(
         places = {name: architecture.locate(name) for name in part.seen(model)}
         return {name: name for name, place in places.items() if place is None or place.stack != stack}
 
-    everyone = list(dict.fromkeys([*([base] if base else []), *(model for model, _ in sources)]))
-    names = union(*(outside(model) for model in everyone))
+    names = union(*(outside(model) for model in _everyone(base, sources)))
     return [
         Slot(
             Place(part.tower.name(name), None, None, part.module),
-            tuple(Contribution(model, part.name_in(model, name), source.parameters) for model, source in sources),
-            Contribution(base, part.name_in(base, name)) if base else None,
+            tuple(entry.contribution(part.name_in(entry.model, name)) for entry in sources),
+            base.contribution(part.name_in(base.model, name)) if base else None,
             levels,
         )
         for name in names
@@ -231,11 +252,11 @@ def _outside(
 def _slice_length(
     number: int,
     piece: Slice,
-    sources: Sequence[tuple[Model, Source]],
+    sources: Sequence[Participant],
     of: Callable[[Model], tuple[Architecture, Stack]],
 ) -> int:
     lengths = set()
-    for (model, _), source in zip(sources, piece.sources, strict=True):
+    for (model, *_), source in zip(sources, piece.sources, strict=True):
         start, stop = source.layer_range
         count = len(of(model)[1].indices)
         if not 0 <= start < stop <= count:
@@ -268,7 +289,7 @@ def _under(stack: Stack, prefix: str) -> Stack:
 
 
 def _name_modules(
-    recipe: Merge, donor: Model, base: Model | None, open_model: Open
+    recipe: Merge, donor: Model, base: Participant | None, open_model: Open
 ) -> tuple[list[Slot], list[Restack]]:
     restacks: list[Restack] = []
     regions: dict[str | None, list[Slot]] = {}

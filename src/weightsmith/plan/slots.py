@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from weightsmith.architecture.config import alias_source, tied_embeddings, tied_source
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.recipe.schedule import Place
 from weightsmith.recipe.schema import Setting
 
@@ -37,11 +39,47 @@ class Contribution(NamedTuple):
         model: the model.
         tensor: the tensor's name in that model; the model may turn out not to have it.
         settings: parameters given for this model.
+        fisher: the checkpoint of the importances of its weights, or None.
     """
 
     model: Model
     tensor: str
     settings: Settings = NO_SETTINGS
+    fisher: Model | None = None
+
+    @property
+    def held_as(self) -> str | None:
+        """The name under which the model holds the tensor, another of its names if need be; None if it lacks it."""
+        checkpoint = self.model.checkpoint
+        if self.tensor in checkpoint:
+            return self.tensor
+        source = alias_source(self.tensor, checkpoint)
+        if source is None and tied_embeddings(checkpoint.config):
+            source = tied_source(self.tensor, checkpoint)
+        return source
+
+    def find(self) -> Tensor | None:
+        """Return the tensor, or None where the model has none."""
+        name = self.held_as
+        return None if name is None else self.model.checkpoint[name]
+
+
+class Participant(NamedTuple):
+    """A model as one place of a recipe names it.
+
+    Attributes:
+        model: the model.
+        settings: parameters given for it there.
+        fisher: the checkpoint of the importances of its weights, or None.
+    """
+
+    model: Model
+    settings: Settings = NO_SETTINGS
+    fisher: Model | None = None
+
+    def contribution(self, tensor: str) -> Contribution:
+        """Return what it contributes by its tensor of a name."""
+        return Contribution(self.model, tensor, self.settings, self.fisher)
 
 
 class Slot(NamedTuple):

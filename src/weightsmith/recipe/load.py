@@ -237,6 +237,18 @@ def references(merge: Merge) -> Iterator[str]:
                 yield source.model
 
 
+def fishers(merge: Merge) -> Iterator[str]:
+    """Yield the reference of every Fisher checkpoint of a merge, its base's first."""
+    if merge.base_fisher:
+        yield merge.base_fisher
+    holders: list[Any] = [merge, *(merge.modules or {}).values()]
+    for holder in holders:
+        pieces = holder.slices or ()
+        yield from (piece.base_fisher for piece in pieces if piece.base_fisher)
+        sources = [source for piece in pieces for source in piece.sources]
+        yield from (entry.fisher for entry in (*(holder.models or ()), *sources) if entry.fisher)
+
+
 def _check_steps(recipe: Recipe, origin: str) -> None:
     """Refuse steps that rest on themselves."""
     done: set[str] = set()
@@ -249,7 +261,7 @@ def _check_steps(recipe: Recipe, origin: str) -> None:
             return
         if len(chain) > _LONGEST_CHAIN:
             raise RecipeError(f"{origin}: more than {_LONGEST_CHAIN} steps rest one on the other")
-        for reference in references(recipe.steps[name]):
+        for reference in (*references(recipe.steps[name]), *fishers(recipe.steps[name])):
             if reference in recipe.steps:
                 visit(reference, (*chain, name))
         done.add(name)

@@ -83,6 +83,12 @@ Setting: TypeAlias = Scalar | Condition | tuple[Scalar | Condition, ...]
 Settings: TypeAlias = Annotated[dict[str, Setting], BeforeValidator(lambda value: {} if value is None else value)]
 
 
+_FISHER = (
+    "A checkpoint that holds the importance (diagonal Fisher information) of each of the model's weights, under the "
+    "weight's name and in its shape; for methods that take one."
+)
+
+
 class ModelInput(_Part):
     """A model that takes part in a merge."""
 
@@ -91,6 +97,7 @@ class ModelInput(_Part):
         None, description="Inside modules: what the names of the module's tensors begin with in this model."
     )
     parameters: Settings = Field(default_factory=dict, description="Parameters of the method for this model.")
+    fisher: Reference | None = Field(None, description=_FISHER)
 
 
 class Source(_Part):
@@ -99,6 +106,7 @@ class Source(_Part):
     model: Reference = Field(description="A folder, file, hub id, URL or step, with @revision and +adapter.")
     layer_range: tuple[int, int] = Field(description="First layer and the one after the last, from 0.")
     parameters: Settings = Field(default_factory=dict, description="Parameters of the method for this model.")
+    fisher: Reference | None = Field(None, description=_FISHER)
 
 
 class Slice(_Part):
@@ -106,6 +114,7 @@ class Slice(_Part):
 
     sources: tuple[Source, ...] = Field(min_length=1, description="The layers that are merged.")
     base_model: Reference | None = Field(None, description="The base of this slice, if it has its own.")
+    base_fisher: Reference | None = Field(None, description="The importances of that base's weights.")
     parameters: Settings = Field(default_factory=dict, description="Parameters for this slice.")
 
     @model_validator(mode="before")
@@ -114,6 +123,12 @@ class Slice(_Part):
         if isinstance(value, dict) and "residual_weight" in value:
             raise ValueError("residual_weight has never had an effect in mergekit; remove it")
         return value
+
+    @model_validator(mode="after")
+    def _has_whose_fisher(self) -> Slice:
+        if self.base_fisher is not None and self.base_model is None:
+            raise ValueError("base_fisher is for the slice's own base_model; of the merge's base give it at the merge")
+        return self
 
 
 class Module(_Part):
@@ -192,6 +207,7 @@ class Merge(_Part):
     base_model: Reference | None = Field(
         None, description="The base of task vectors; config, tokenizer and carried tensors come from it."
     )
+    base_fisher: Reference | None = Field(None, description="The same as a model's fisher, for the base.")
     models: tuple[ModelInput, ...] | None = Field(None, description="The models that are merged, whole.")
     slices: tuple[Slice, ...] | None = Field(None, description="Or the layers it is put together from.")
     modules: dict[str, Module] | None = Field(None, description="Or its towers, each merged by itself.")
@@ -231,6 +247,8 @@ class Merge(_Part):
             raise ValueError("name at least one model")
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("give either tokenizer or tokenizer_source")
+        if self.base_fisher is not None and self.base_model is None:
+            raise ValueError("base_fisher needs the base_model whose weights it is about")
         return self
 
 
