@@ -259,6 +259,15 @@ def with_rows(config: Mapping[str, Any], tables: Mapping[str, tuple[int, int]]) 
     return changed, notes
 
 
+def row_counts(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the numbers of rows that a config, or a part of it, gives to embeddings and head."""
+    for key, value in config.items():
+        if key in _ROWS and type(value) is int:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from row_counts(value)
+
+
 def _same(value: object, number: int) -> bool:
     return type(value) is int and value == number
 

@@ -93,6 +93,7 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
         written=written,
         warnings=list(dict.fromkeys(warnings)),
         components=donor.components,
+        resized=maker.resizer.owners,
     )
 
 
@@ -127,7 +128,7 @@ def _config(
     for restack in naming.restacks:
         config, notes = configs.with_layers(config, restack.stack, restack.picked, architecture)
         warnings += notes
-    config, notes = configs.with_rows(config, token_tables(tensors, naming.donor.checkpoint))
+    config, notes = configs.with_rows(config, token_tables(tensors, naming.donor.checkpoint, config))
     warnings += notes
     own_head = any(not configs.tied_embeddings(model.checkpoint.config) for model in naming.models)
     if own_head and maker.untied & set(tensors) and configs.tied_embeddings(config):

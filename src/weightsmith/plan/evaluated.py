@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.resized import resized
 from weightsmith.checkpoint.tensor import Array, Tensor
@@ -50,12 +51,25 @@ class Evaluated(Tensor):
         return values[start:stop]
 
 
-def with_rows(tensor: Tensor, rows: int, shared: dict[int, Any]) -> Tensor:
-    """Return a tensor of a file, or of a step, with so many rows: see :func:`weightsmith.checkpoint.resized.resized`.
+class Resizer:
+    """Brings tensors of the models of one merge to another number of rows.
 
-    Args:
-        tensor: a tensor of at least one axis.
-        rows: the length of the first axis.
-        shared: see :class:`Evaluated`.
+    Attributes:
+        owners: id of a tensor that was made so -> name of the checkpoint that it is of.
     """
-    return resized(Evaluated(tensor, shared) if isinstance(tensor, Computed) else tensor, rows)
+
+    def __init__(self) -> None:
+        self.owners: dict[int, str] = {}
+        self._statistics: dict[int, Any] = {}
+
+    def with_rows(self, tensor: Tensor, rows: int, owner: Checkpoint) -> Tensor:
+        """Return a tensor of a file, or of a step, with so many rows: its first, or all and zeros behind them.
+
+        Args:
+            tensor: a tensor of at least one axis.
+            rows: the length of the first axis.
+            owner: the checkpoint that it is of.
+        """
+        made = resized(Evaluated(tensor, self._statistics) if isinstance(tensor, Computed) else tensor, rows)
+        self.owners[id(made)] = owner.name
+        return made

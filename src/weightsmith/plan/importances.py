@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import MethodError, PlanError, did_you_mean
 from weightsmith.methods.registry import all_methods
-from weightsmith.plan.evaluated import with_rows
+from weightsmith.plan.evaluated import Resizer
 from weightsmith.plan.slots import Contribution, Model, Slot
 from weightsmith.plan.ways import Way
 
@@ -17,13 +16,8 @@ from weightsmith.plan.ways import Way
 class Importances:
     """Finds the importances for the tensors of one merge, and collects what is wrong with them."""
 
-    def __init__(self, statistics: dict[int, Any]) -> None:
-        """Start with nothing found.
-
-        Args:
-            statistics: see :class:`weightsmith.plan.evaluated.Evaluated`.
-        """
-        self._statistics = statistics
+    def __init__(self, resizer: Resizer) -> None:
+        self._resizer = resizer
         self._taken: set[tuple[Model, Model]] = set()
         self._methods: dict[str, str] = {}
         self._problems: list[tuple[Way, str]] = []
@@ -100,7 +94,7 @@ class Importances:
         elif not dtypes.is_float(tensor.dtype):
             self._problems.append((way, f"{about} has {name} as {dtypes.name_of(tensor.dtype)}, not as floats"))
         elif tensor.shape != shape:
-            return with_rows(tensor, shape[0], self._statistics)
+            return self._resizer.with_rows(tensor, shape[0], checkpoint)
         return tensor
 
     def _idle(self, slot: Slot, model: Model, fisher: Model) -> MethodError:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith import dtypes
-from weightsmith.architecture.config import tied_source
+from weightsmith.architecture.config import is_head
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
 from weightsmith.errors import MethodError, PlanError
-from weightsmith.plan.evaluated import with_rows
+from weightsmith.plan.evaluated import Resizer
 from weightsmith.plan.importances import Importances
 from weightsmith.plan.naming import Naming
 from weightsmith.plan.parameters import Resolver
@@ -28,6 +28,7 @@ class Maker:
     Attributes:
         warnings: what a person should know.
         untied: names of head tensors that some model ties to its embeddings and another does not.
+        resizer: made tensors longer or shorter, and knows whose they are.
     """
 
     def __init__(self, recipe: Merge, ways: Ways) -> None:
@@ -43,8 +44,8 @@ class Maker:
         self._left_out: list[str] = []
         self._taken: dict[str, list[str]] = {}
         self._lengthened: dict[tuple[str, int], list[str]] = {}
-        self._statistics: dict[int, Any] = {}
-        self._importances = Importances(self._statistics)
+        self.resizer = Resizer()
+        self._importances = Importances(self.resizer)
         self.warnings: list[str] = []
         self.untied: set[str] = set()
 
@@ -56,7 +57,7 @@ class Maker:
         base, models = way.participants(slot)
         everyone = [base, *models] if base else models
         found = [one.find() for one in everyone]
-        if any(_is_tied(one) for one in slot.contributions):
+        if is_head(slot.name) and any(one.held_as not in (None, one.tensor) for one in slot.contributions):
             self.untied.add(slot.name)
         tensors = [tensor for tensor in found if tensor is not None]
         if len(tensors) < len(found):
@@ -164,7 +165,7 @@ class Maker:
                 fitted.append(tensor)
                 continue
             self._lengthened.setdefault((one.model.label, rows - tensor.shape[0]), []).append(slot.name)
-            fitted.append(with_rows(tensor, rows, self._statistics))
+            fitted.append(self.resizer.with_rows(tensor, rows, one.model.checkpoint))
         return fitted
 
     def _carry(self, slot: Slot, one: Contribution) -> Tensor | None:
@@ -244,12 +245,6 @@ class Maker:
 def _differ_in_rows(shapes: list[tuple[int, ...]]) -> bool:
     """Whether shapes are the same but for the length of their first axis."""
     return all(shapes) and len({shape[1:] for shape in shapes}) == 1
-
-
-def _is_tied(one: Contribution) -> bool:
-    """Whether a model has a head under no name of its own, because it ties it to its embeddings."""
-    name = one.held_as
-    return name not in (None, one.tensor) and name == tied_source(one.tensor, one.model.checkpoint)
 
 
 def _names(names: list[str]) -> str:

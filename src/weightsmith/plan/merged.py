@@ -16,20 +16,17 @@ from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
 from weightsmith.checkpoint.manifest import MANIFEST_KEY
-from weightsmith.checkpoint.resized import ResizedTensor
 from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.backend import NUMPY, Backend, choose_backend
 from weightsmith.engine.executor import OnNonfinite, Summary, check_space, execute, nonfinite_of
-from weightsmith.engine.expression import stored_within
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.memory import uncollected
 from weightsmith.engine.plan import Plan, Task
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import default_threads
 from weightsmith.errors import CheckpointError, OutputError
-from weightsmith.plan.evaluated import Evaluated
 from weightsmith.plan.provenance import describe, files_of, hash_inputs, write_into_header, write_manifest
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge
@@ -73,6 +70,7 @@ class LazyCheckpoint(Checkpoint):
         written: Mapping[str, DType],
         warnings: Sequence[str] = (),
         components: tuple[str, ...] = (),
+        resized: Mapping[int, str] | None = None,
     ) -> None:
         """Collect what a result is made of.
 
@@ -86,6 +84,7 @@ class LazyCheckpoint(Checkpoint):
             written: tensor name -> dtype in which it is written.
             warnings: what a person should know before saving it.
             components: see :class:`Checkpoint`.
+            resized: id of a tensor of an input that was made longer or shorter -> name of that input.
         """
         identities = dict.fromkeys(identity for one in inputs for identity in one.identities)
         super().__init__(name, tensors, companions, tuple(identities), components)
@@ -94,6 +93,7 @@ class LazyCheckpoint(Checkpoint):
         self.warnings = tuple(warnings)
         self._written = written
         self._inputs = tuple(inputs)
+        self._resized = resized or {}
 
     def to_yaml(self) -> str:
         """Return the recipe that makes this checkpoint."""
@@ -135,7 +135,7 @@ class LazyCheckpoint(Checkpoint):
                 tasks,
                 lay_out(tasks, _parts(self), shard_size, file, metadata),
                 self.identities,
-                self._sources(tasks),
+                self._owners(),
                 recipe,
                 self.warnings,
             )
@@ -243,21 +243,9 @@ class LazyCheckpoint(Checkpoint):
             warnings=tuple(dict.fromkeys((*plan.warnings, *notes))),
         )
 
-    def _sources(self, tasks: Sequence[Task]) -> dict[int, str]:
-        """Return the id of every stored tensor that is read -> name of the checkpoint that it is of."""
-        known = self._owners()
-        for task in tasks:
-            for tensor in stored_within(task.tensor):
-                # A tensor that was made longer or shorter is still its model's.
-                inner = tensor.tensor if isinstance(tensor, ResizedTensor) else tensor
-                origin = inner.computed if isinstance(inner, Evaluated) else inner
-                if id(origin) in known:
-                    known[id(tensor)] = known[id(origin)]
-        return known
-
     def _owners(self) -> dict[int, str]:
         """Return the id of every tensor of the inputs, and of theirs where they are steps -> name of its checkpoint."""
-        known: dict[int, str] = {}
+        known = dict(self._resized)
         for one in self._inputs:
             known |= {id(tensor): one.name for tensor in one.values()}
             if isinstance(one, LazyCheckpoint):

@@ -60,6 +60,9 @@ class Contribution(NamedTuple):
 
     def find(self) -> Tensor | None:
         """Return the tensor, or None where the model has none."""
+        tensor = self.model.checkpoint.get(self.tensor)
+        if tensor is not None:
+            return tensor
         name = self.held_as
         return None if name is None else self.model.checkpoint[name]
 

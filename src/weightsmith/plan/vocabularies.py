@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from weightsmith.architecture.config import is_head, tied_source
+from weightsmith.architecture.config import is_head, row_counts, tied_source
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import PlanError
@@ -17,24 +18,30 @@ from weightsmith.tokenizer.vocabulary import read_vocabulary
 _POSITIONS = re.compile(r"(^|[._/])(wpe|pos|position\w*|\w*pos(ition)?_emb\w*|embed_positions|token_type\w*)([._/]|$)")
 
 
-def token_tables(tensors: Mapping[str, Tensor], donor: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+def token_tables(
+    tensors: Mapping[str, Tensor], donor: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, tuple[int, int]]:
     """Return embedding or head -> the rows that it has in the donor, and those that it has in the result.
 
     Args:
         tensors: the result's tensors.
         donor: the tensors of the model that the config is from.
+        config: that model's config; what did not change and has another length than it gives to tables is left out.
     """
+    counts = set(row_counts(config))
     tables = {}
     for name, tensor in tensors.items():
-        kind = role(name)
-        if kind not in ("embedding", "head") or not tensor.shape or _POSITIONS.search(name):
-            continue
         own = donor.get(name if name in donor else tied_source(name, donor) or name)
+        if own is None or not tensor.shape or own.shape[1:] != tensor.shape[1:]:
+            continue
+        before, now = own.shape[0], tensor.shape[0]
+        if before == now and before not in counts:
+            continue
+        kind = role(name)
         # Other layers of a head may have as many rows as there are tokens by chance, but do not change with them.
-        if own is not None and own.shape[1:] == tensor.shape[1:]:
-            before, now = own.shape[0], tensor.shape[0]
-            if before != now or kind == "embedding" or is_head(name):
-                tables[name] = before, now
+        table = kind == "embedding" or is_head(name) or (kind == "head" and before != now)
+        if table and not _POSITIONS.search(name):
+            tables[name] = before, now
     return tables
 
 
@@ -52,8 +59,10 @@ def check_vocabularies(models: Sequence[Model], tokenizer: Model, tensors: Mappi
     """
     highest, warnings = _compare(models)
     last = highest.get(tokenizer, -1)
+    if last < 0:
+        return warnings
     rows, own = _rows(tensors), _rows(tokenizer.checkpoint)
-    if not rows or last < 0:
+    if not rows:
         return warnings
     if last >= rows:
         text = f"the tokenizer of {tokenizer.reference} numbers tokens up to {last}"
