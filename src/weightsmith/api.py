@@ -15,6 +15,7 @@ from weightsmith.errors import MethodError, RecipeError
 from weightsmith.methods.registry import get_method
 from weightsmith.plan.compile import compile_recipe
 from weightsmith.plan.merged import LazyCheckpoint
+from weightsmith.plan.onto import read_past
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.load import load_recipe, validate
 from weightsmith.recipe.schema import Merge, Recipe
@@ -41,10 +42,11 @@ def open(reference: str | os.PathLike[str]) -> Checkpoint:
 
 
 def merge(
-    method: str,
+    method: str | None,
     models: Sequence[Source],
     base: Source | None = None,
     *,
+    onto: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     out_dtype: str | None = None,
     seed: int = 0,
@@ -61,9 +63,11 @@ def merge(
     """Merge models, lazily.
 
     Args:
-        method: a method's name; ``weightsmith methods`` lists them.
+        method: a method's name; ``weightsmith methods`` lists them. With ``onto``, None for that merge's own.
         models: references, opened checkpoints, or merges that were not saved.
         base: the base, for methods that work on task vectors.
+        onto: a merge that weightsmith wrote, to be gone on with: it is the first model, as its manifest says; method,
+            base and the parameters for all models are its own where they are not given.
         dtype: dtype of the output; by default that of the inputs.
         out_dtype: dtype of the output where ``dtype`` is to mean something else (see the recipe reference).
         seed: seed of random methods.
@@ -106,6 +110,7 @@ def merge(
         chat_template=chat_template,
         on_missing=on_missing,
         on_shape_mismatch=on_shape_mismatch,
+        onto=None if onto is None else os.fspath(onto),
         rules=[inputs.rule(rule) for rule in rules],
         fishers=None if fisher is None else [None if one is None else inputs.reference(one) for one in fisher],
         **({} if base_fisher is None else {"base_fisher": inputs.reference(base_fisher)}),
@@ -115,12 +120,13 @@ def merge(
 
 
 def build_recipe(
-    method: str,
+    method: str | None,
     models: Sequence[str],
     base: str | None,
     parameters: Mapping[str, Any],
     rules: Sequence[Any] = (),
     fishers: Sequence[str | None] | None = None,
+    onto: str | None = None,
     **settings: Any,
 ) -> Recipe:
     """Return the recipe of one merge.
@@ -132,18 +138,28 @@ def build_recipe(
         parameters: the method's parameters, as :func:`merge` takes them.
         rules: rules as :func:`merge` takes them, their models by reference.
         fishers: the reference of each model's Fisher checkpoint, None for a model without; or nothing for none.
+        onto: the path of a merge to be gone on with.
         **settings: further keys of the recipe.
 
     Raises:
         MethodError: if the method is unknown or does not take these parameters.
         RecipeError: if a key or value is not one that a recipe takes.
+        CheckpointError: if the merge to be gone on with has no manifest.
+        PlanError: if it cannot be gone on with, or not so.
     """
+    past = None if onto is None else read_past(onto, method)
+    if past is not None:
+        method, base, parameters = past.method, base or past.base, {**past.shared, **parameters}
+    if method is None:
+        raise RecipeError("name a method, or a merge to go on with")
     shared, own = _divide(method, parameters, len(models))
     fishers = [None] * len(models) if fishers is None else fishers
     if len(fishers) != len(models):
         raise RecipeError(
             f"fisher has {len(fishers)} entries for {len(models)} models; give one for each, None for a model without"
         )
+    if onto is not None and past is not None:
+        models, own, fishers = [onto, *models], [dict(past.own), *own], [None, *fishers]
     document = {
         "merge_method": method,
         "models": [

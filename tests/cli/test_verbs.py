@@ -46,6 +46,22 @@ def test_merge_by_flags_and_by_the_recipe_it_prints_are_the_same(run, folders, t
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
+def test_a_merge_is_gone_on_with(run, folders, tmp_path):
+    base, a, b = folders
+    begin = ["merge", "--method", "opcm", "--base", base, "--model", a]
+    assert run(*begin, "--model", b, tmp_path / "all", "--quiet")[0] == 0
+    assert run(*begin, tmp_path / "one", "--quiet")[0] == 0
+    assert run("merge", "--onto", tmp_path / "one", "--model", b, tmp_path / "two", "--quiet")[0] == 0
+    one, two = (read_safetensors(tmp_path / name) for name in ("all", "two"))
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, atol=1e-5)
+    code, _, err = run("merge", "--onto", base, "--model", b, tmp_path / "three")
+    assert code == 1
+    assert "not written by weightsmith" in err
+    assert "--onto needs at least one --model" in run("merge", "--onto", tmp_path / "one", tmp_path / "x")[2]
+    assert "opcm on 9" in run("plan", "--onto", tmp_path / "one", "--model", b)[1]
+
+
 def test_every_warning_is_told_once_whether_planning_or_writing_found_it(run, write_model, tmp_path):
     config = {"model_type": "own", "num_hidden_layers": 2, "auto_map": {"AutoModel": "modeling_own.Own"}}
     a = write_model("a", llama_tensors(0), config)

@@ -44,8 +44,8 @@ def opcm(models, base, alpha=0.5, previous_lambda=1.0, seen=1, mean_norm=None):
 
 
 def ema(models, base, momentum, interval=1):
-    average, rest = (models[0], models[1:]) if base is None else (np.float64(base), models)
-    for model in rest:
+    average = models[0]
+    for model in models[1:]:
         stays = 1.0
         for _ in range(interval):
             stays *= momentum
@@ -64,7 +64,7 @@ REFERENCES: dict[str, Any] = {
         opcm,
         [{}, {"alpha": 0.0}, {"alpha": 0.9}, {"alpha": 1.0}, {"seen": 3, "mean_norm": 2.5, "previous_lambda": 1.7}],
     ),
-    "ema": (ema, [{"momentum": 0.3}, {"momentum": 0.9, "interval": 5, "no_base": True}]),
+    "ema": (ema, [{"momentum": 0.3}, {"momentum": 0.9, "interval": 5}]),
     "imm": (imm, [{}, {"drop": 0.7, "share": 0.9}]),
 }
 # Method and parameters: ways of computing that its example does not take.

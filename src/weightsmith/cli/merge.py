@@ -73,16 +73,19 @@ def command(
     \b
     weightsmith merge recipe.yaml out/
     weightsmith merge --method slerp --base A --model B -p t=0.4 out/
+    weightsmith merge --onto merged/ --model C further/
 
     OUT appears when it is whole. Stopped or killed, the same command goes on from there. A name that ends in
     .safetensors makes one file of weights alone.
     """
     needs_target = not (dry_run or print_recipe)
-    by_flags = described["method"] is not None
+    by_flags = described["method"] is not None or described["onto"] is not None
     wanted = (0 if by_flags else 1) + (1 if needs_target else 0)
     if len(paths) != wanted and not (not needs_target and len(paths) == wanted + 1):
         form = "OUT" if by_flags else "RECIPE OUT"
-        raise click.UsageError(f"give {form}{' with --method' if by_flags else ''}; {len(paths)} path(s) given")
+        raise click.UsageError(
+            f"give {form}{' with --method or --onto' if by_flags else ''}; {len(paths)} path(s) given"
+        )
     recipe = read_recipe(None if by_flags else paths[0], **described)
     if print_recipe:
         from weightsmith.recipe.dump import to_yaml

@@ -22,6 +22,12 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--base", metavar="MODEL", help="The base."),
         click.option("--model", "models", metavar="MODEL", multiple=True, help="A model; may be repeated."),
         click.option(
+            "--onto",
+            metavar="MERGED",
+            help="Go on with a merge: its result is the first model, and method, base and parameters are its own where "
+            "they are not given.",
+        ),
+        click.option(
             "-p",
             "--param",
             "parameters",
@@ -104,6 +110,7 @@ def read_recipe(
     method: str | None,
     base: str | None,
     models: Sequence[str],
+    onto: str | None,
     parameters: Sequence[str],
     rules: Sequence[str],
     fishers: Sequence[str],
@@ -123,25 +130,27 @@ def read_recipe(
     changes = {"dtype": dtype, "out_dtype": out_dtype, "seed": seed, "compat": compat}
     changes = {key: value for key, value in changes.items() if value is not None}
     if path is not None:
-        if method or base or models or parameters or rules or fishers or base_fisher:
+        if any((method, base, models, onto, parameters, rules, fishers, base_fisher)):
             raise click.UsageError(
-                "give either a recipe file, or --method with --model, --base, -p, --rule, --fisher and --base-fisher"
+                "give either a recipe file, or --method with --model, --base, --onto, -p, --rule, --fisher and "
+                "--base-fisher"
             )
         from weightsmith.recipe.load import load_recipe, validate
 
         recipe = load_recipe(path, dict(_pair(text, "--set") for text in variables))
         return validate({**recipe.model_dump(exclude_unset=True), **changes}, path) if changes else recipe
-    if not method:
+    if not method and not onto:
         raise click.UsageError("give a recipe file, or --method with --model (and --base)")
     if not models:
-        raise click.UsageError("--method needs at least one --model")
+        raise click.UsageError(f"{'--onto' if onto else '--method'} needs at least one --model")
     from weightsmith.api import build_recipe
 
     given = dict(_pair(text, "-p") for text in parameters)
     if base_fisher is not None:
         changes["base_fisher"] = base_fisher
     importances = _fishers(fishers, models)
-    return build_recipe(method, list(models), base, given, [_rule(text) for text in rules], importances, **changes)
+    own_rules = [_rule(text) for text in rules]
+    return build_recipe(method, list(models), base, given, own_rules, importances, onto, **changes)
 
 
 def _fishers(texts: Sequence[str], models: Sequence[str]) -> list[str | None]:

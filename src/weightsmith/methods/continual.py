@@ -159,9 +159,8 @@ def opcm(
 
 
 @method(
-    base="optional",
     minimum=1,
-    properties=("translates",),
+    properties=("idempotent", "translates"),
     also=("momentum", "exponential_moving_average"),
     continues=Continuation(),
     source="Stojanovski et al., Momentum-based weight interpolation of strong zero-shot models for continual learning, "
@@ -176,15 +175,14 @@ def ema(
 ) -> Array:
     """Exponential moving average of models in their order.
 
-    ``A <- tau A + (1 - tau) W_i`` for every model in turn, with ``tau = momentum ** interval``, from ``A = B`` where
-    there is a base and from the first model where there is none. The paper updates at every step of training from the
-    pre-trained base; over checkpoints that lie interval updates apart, this is the same but for what lies between
-    them. The momentum is searched for in the paper, near 1. A later model goes onto the result:
-    ``weightsmith merge --onto``.
+    ``A <- tau A + (1 - tau) W_i`` for every further model in turn, with ``tau = momentum ** interval``, from
+    ``A = W_1``. In the paper that is the pre-trained model, and the average is updated at every step of training; over
+    checkpoints that lie interval updates apart this is the same but for what lies between them. The momentum is
+    searched for in the paper, near 1. A later model goes onto the result: ``weightsmith merge --onto``.
     """
     stays = momentum**interval
-    average, models = (block.models[0], block.models[1:]) if block.base is None else (block.base, block.models)
-    for model in models:
+    average = block.models[0]
+    for model in block.models[1:]:
         average = stays * average + (1.0 - stays) * model
     return average
 
