@@ -145,13 +145,22 @@ typedef struct {
         T *restrict o = REGISTER(T, c->out);                             \
         const len n = LENGTH(c);                                         \
         if ((c->form & 6) == 0) {                                        \
-            for (len i = 0; i < n; i++) o[i] = k[i] ? a[i] : b[i];       \
+            for (len i = 0; i < n; i++) {                                \
+                const T x = a[i], y = b[i];                              \
+                o[i] = k[i] ? x : y;                                     \
+            }                                                            \
         } else if ((c->form & 6) == 2) {                                 \
             const T x = a[0];                                            \
-            for (len i = 0; i < n; i++) o[i] = k[i] ? x : b[i];          \
+            for (len i = 0; i < n; i++) {                                \
+                const T y = b[i];                                        \
+                o[i] = k[i] ? x : y;                                     \
+            }                                                            \
         } else if ((c->form & 6) == 4) {                                 \
             const T y = b[0];                                            \
-            for (len i = 0; i < n; i++) o[i] = k[i] ? a[i] : y;          \
+            for (len i = 0; i < n; i++) {                                \
+                const T x = a[i];                                        \
+                o[i] = k[i] ? x : y;                                     \
+            }                                                            \
         } else {                                                         \
             const T x = a[0], y = b[0];                                  \
             for (len i = 0; i < n; i++) o[i] = k[i] ? x : y;             \
