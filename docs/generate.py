@@ -90,6 +90,8 @@ def methods_page() -> str:
         if method.also:
             lines += [f"**Also known as:** {', '.join(f'`{name}`' for name in method.also)}", ""]
         lines += [f"**Needs:** {method.needs}", ""]
+        if method.order:
+            lines += [f"**Roles:** {method.order}", ""]
         if method.source:
             lines += [f"**Source:** {method.source}", ""]
         lines += [f"**Cost:** {method.cost}", ""]

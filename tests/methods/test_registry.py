@@ -7,10 +7,13 @@ import sys
 from typing import Annotated, Literal
 
 import pytest
+from click.testing import CliRunner
 
+from weightsmith.cli.main import cli
 from weightsmith.errors import MethodError
 from weightsmith.methods import registry
 from weightsmith.methods.registry import Param, PerModel, get_method, load_plugin, method
+from weightsmith.methods.settings import complete
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +67,37 @@ def test_a_statistic_may_only_name_parameters_of_its_method():
 
     with pytest.raises(MethodError, match="names 'density'"):
         method("odd", statistic=statistic)(lambda block, found: block)
+
+
+def test_the_least_number_of_models_may_depend_on_parameters():
+    @method("some", minimum=2, least=lambda *, bad, lambda_: 3 * bad + lambda_)
+    def some(block, *, bad: int = 1, lambda_: int = 0):
+        return block.models[0]
+
+    known = get_method("some")
+    assert complete(known, {}, 3, has_base=False) == {"bad": 1, "lambda": 0}
+    assert complete(known, {"bad": 0}, 2, has_base=False)
+    with pytest.raises(MethodError, match="'some' takes at least 7 model.* with bad: 2, lambda: 1, and 6 are given"):
+        complete(known, {"bad": 2, "lambda": 1}, 6, has_base=False)
+    with pytest.raises(MethodError, match="the least number of models of 'odd' names 'good'"):
+        method("odd", least=lambda *, good: good)(lambda block: block)
+
+
+def test_roles_are_told_with_the_base_first_where_there_is_one():
+    roles = ("what is changed", "the teacher", "pupils")
+    method("with_base", base="required", minimum=2, roles=roles)(lambda block: block)
+    method("without", minimum=2, roles=roles[1:])(lambda block: block)
+    method("alike", base="required")(lambda block: block)
+    in_order = "the models are, in this order, the teacher, pupils"
+    assert get_method("with_base").order == f"base_model is what is changed; {in_order}"
+    assert get_method("without").order == in_order
+    assert get_method("alike").order == ""
+    with pytest.raises(MethodError, match="takes at least 2 .* beside the base, and 1 are given; base_model is what"):
+        complete(get_method("with_base"), {}, 1, has_base=True)
+    page = CliRunner().invoke(cli, ["methods", "with_base"]).output
+    assert f"Roles: base_model is what is changed; {in_order}" in page
+    assert "path/to/model-1  # the teacher" in page
+    assert "path/to/model-2  # pupils" in page
 
 
 @pytest.mark.parametrize(

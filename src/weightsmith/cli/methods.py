@@ -44,6 +44,8 @@ def command(name: str | None, as_json: bool, plugins: tuple[str, ...], check: bo
 def _page(method: Method) -> None:
     click.echo(f"{method.name}: {method.needs}\n")
     click.echo(method.description)
+    if method.order:
+        click.echo(f"\nRoles: {method.order}")
     if method.parameters:
         click.echo("\nParameters:")
     for parameter in method.parameters.values():
@@ -78,8 +80,10 @@ def _example(method: Method) -> str:
     if method.base == "required":
         lines.append("  base_model: path/to/base")
     lines.append("  models:")
+    roles = method.roles[method.base == "required" :]
     for i in range(count):
-        lines.append(f"  - model: path/to/model-{i + 1}")
+        role = f"  # {roles[min(i, len(roles) - 1)]}" if roles else ""
+        lines.append(f"  - model: path/to/model-{i + 1}{role}")
         if own:
             lines.append("    parameters: {" + ", ".join(f"{k}: {_yaml(v)}" for k, v in own.items()) + "}")
     if shared:
@@ -100,6 +104,7 @@ def _json(method: Method) -> dict[str, Any]:
         "source": method.source,
         "cost": method.cost,
         "fisher": method.fisher,
+        "roles": list(method.roles),
         "base": method.base,
         "minimum_models": method.minimum,
         "maximum_models": method.maximum,

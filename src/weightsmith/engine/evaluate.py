@@ -288,7 +288,9 @@ def run_statistic(evaluator: Evaluator, group: Group, mapper: Mapper = in_turn) 
         vector = columns(member.shape, member.reads)
         stretches += [(member, start, stop, offset) for start, stop in blocks(member.size, vector, backend.sweep)]
         offset += member.size
-    scope = Scope(offset, len(first.models), first.form if len(group.members) == 1 else None)
+    alone = first.form if len(group.members) == 1 else None
+    weighed = any(one is not None for member in group.members for one in member.fishers)
+    scope = Scope(offset, len(first.models), alone, weighed)
     generator = first.method.start_statistic(scope, first.parameters)
 
     def next_sweep(found: list[Any] | None) -> Sweep:

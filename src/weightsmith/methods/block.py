@@ -64,11 +64,13 @@ class Scope:
         size: number of elements in all tensors of the scope.
         models: number of models, the base not counted.
         form: what is known of the tensor, where the scope is one tensor.
+        fishers: whether any of its blocks has importances.
     """
 
     size: int
     models: int
     form: Form | None = None
+    fishers: bool = False
 
 
 class OnDemand(Sequence[Array]):

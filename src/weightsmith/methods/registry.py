@@ -84,6 +84,10 @@ class Method:
         random: whether it draws random numbers.
         fisher: whether it needs, can use, or has no use for checkpoints of importances of the weights.
         also: other names under which the same formula is published.
+        roles: what the base (if one is required) and each model is to the method, in order, where they are not alike;
+            the last one is also that of all further models. Such a method takes models as they are listed, the base
+            among them if it is listed too.
+        least: None, or ``least(**parameters)``, the least number of models with those parameters that it names.
         check: None, or a function that raises MethodError for parameters that do not go together.
         properties: what the conformance battery may expect: ``idempotent`` (copies of one model give that
             model, weights being equal and normalised), ``symmetric`` (order of models does not matter),
@@ -114,6 +118,9 @@ class Method:
     random: bool = False
     fisher: FisherPolicy = "unused"
     also: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    least: Callable[..., int] | None = None
+    least_parameters: tuple[str, ...] = ()
     check: Callable[[Mapping[str, Any]], None] | None = None
     properties: frozenset[Property] = frozenset()
     carries: Callable[[Mapping[str, Any]], bool] | None = None
@@ -148,6 +155,13 @@ class Method:
         fisher = {"required": ", Fisher checkpoints", "optional": ", Fisher checkpoints if there are any", "unused": ""}
         return count + base + fisher[self.fisher]
 
+    @property
+    def order(self) -> str:
+        """What the base and the models are to it, in words; empty where models are alike."""
+        roles = list(self.roles)
+        base = [f"base_model is {roles.pop(0)}"] if roles and self.base == "required" else []
+        return "; ".join([*base, f"the models are, in this order, {', '.join(roles)}"]) if roles else ""
+
     def parameter(self, name: str) -> Parameter:
         """Return the parameter of that name.
 
@@ -174,7 +188,23 @@ class Method:
         """Start the statistic's generator with the parameters that it names."""
         if self.statistic is None:
             raise MethodError(f"method {self.name!r} has no statistic")
-        return self.statistic(scope, **{_python_name(name): parameters[name] for name in self.statistic_parameters})
+        return self.statistic(scope, **_chosen(parameters, self.statistic_parameters))
+
+    def check_number(self, models: int, parameters: Mapping[str, Any]) -> None:
+        """Check that there are as many models as these parameters take.
+
+        Raises:
+            MethodError: if there are too few.
+        """
+        if self.least is None:
+            return
+        least = self.least(**_chosen(parameters, self.least_parameters))
+        if models < least:
+            given = [name for name in self.least_parameters if parameters[name] is not None]
+            with_them = ", ".join(f"{name}: {parameters[name]}" for name in given)
+            raise MethodError(
+                f"method {self.name!r} takes at least {least} model(s) with {with_them}, and {models} are given"
+            )
 
 
 _METHODS: dict[str, Method] = {}
@@ -197,6 +227,8 @@ def method(
     random: bool = False,
     fisher: FisherPolicy = "unused",
     also: Iterable[str] = (),
+    roles: Iterable[str] = (),
+    least: Callable[..., int] | None = None,
     check: Callable[[Mapping[str, Any]], None] | None = None,
     properties: Iterable[Property] = (),
     carries: Callable[[Mapping[str, Any]], bool] | None = None,
@@ -234,12 +266,15 @@ def method(
             reads=reads if callable(reads) else (lambda *_: reads),
             work=work,
             statistic=statistic,
-            statistic_parameters=_named_by(statistic, parameters, chosen),
+            statistic_parameters=_named_by(statistic, parameters, chosen, "the statistic"),
             scope=scope,
             selects=selects,
             random=random,
             fisher=fisher,
             also=names[1:],
+            roles=tuple(roles),
+            least=least,
+            least_parameters=_named_by(least, parameters, chosen, "the least number of models"),
             check=check,
             properties=frozenset(properties),
             carries=carries,
@@ -298,17 +333,24 @@ def _python_name(name: str) -> str:
     return "lambda_" if name == "lambda" else name
 
 
-def _named_by(statistic: Callable[..., Any] | None, parameters: Mapping[str, Parameter], name: str) -> tuple[str, ...]:
-    if statistic is None:
+def _chosen(parameters: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {_python_name(name): parameters[name] for name in names}
+
+
+def _named_by(
+    function: Callable[..., Any] | None, parameters: Mapping[str, Parameter], name: str, what: str
+) -> tuple[str, ...]:
+    """Return the method's parameters that a function beside it asks for, by the names of its own."""
+    if function is None:
         return ()
     wanted = [
         p.name.rstrip("_")
-        for p in inspect.signature(statistic).parameters.values()
+        for p in inspect.signature(function).parameters.values()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
     unknown = [w for w in wanted if w not in parameters]
     if unknown:
-        raise MethodError(f"the statistic of {name!r} names {unknown[0]!r}, which the method does not take")
+        raise MethodError(f"{what} of {name!r} names {unknown[0]!r}, which the method does not take")
     return tuple(wanted)
 
 

@@ -56,6 +56,7 @@ def complete(
                 )
             values.append(parameter.check(default if one is None else one))
         found[parameter.name] = tuple(values)
+    method.check_number(models, found)
     if method.check is not None:
         method.check(found)
     return found
@@ -67,8 +68,9 @@ def check_inputs(method: Method, models: int, *, has_base: bool) -> None:
     Raises:
         MethodError: if it cannot.
     """
+    order = f"; {method.order}" if method.order else ""
     if method.base == "required" and not has_base:
-        raise MethodError(f"method {method.name!r} needs a base: give base_model (--base)")
+        raise MethodError(f"method {method.name!r} needs a base: give base_model (--base){order}")
     least, most = method.minimum, method.maximum
     if models < least or (most is not None and models > most):
         if most == least:
@@ -78,7 +80,7 @@ def check_inputs(method: Method, models: int, *, has_base: bool) -> None:
         else:
             wanted = f"{least} to {most}"
         beside = " beside the base" if method.base != "unused" and has_base else ""
-        raise MethodError(f"method {method.name!r} takes {wanted} model(s){beside}, and {models} are given")
+        raise MethodError(f"method {method.name!r} takes {wanted} model(s){beside}, and {models} are given{order}")
 
 
 def _spread(value: Any, models: int, method: Method, name: str) -> Sequence[Any]:

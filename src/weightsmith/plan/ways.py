@@ -57,7 +57,8 @@ class Way:
             return None, models
         own = slot.base.model
         if self.method.base != "unused":
-            return slot.base, [one for one in models if one.model is not own]
+            # To a method whose models have roles, the base may be one of them as well.
+            return slot.base, [one for one in models if one.model is not own or self.method.roles]
         if self.adds_base and not any(one.model is own for one in models):
             models.append(slot.base)
         return None, models
