@@ -92,17 +92,24 @@ def multislerp(models, base, weight=1.0, tangent="log"):
     return origin + (mean * (w @ lengths)).reshape(models[0].shape)
 
 
-def karcher(models, base, max_iter=10, tol=1e-5):
-    vectors = [m.ravel() for m in models]
+def karcher(models, base, weight=1.0, filter_wise=False, max_iter=10, tol=1e-5):
+    shares = np.array(each(weight, models)) / sum(each(weight, models))
+    rows = [m.reshape(-1, m.shape[-1]) if filter_wise else m.reshape(1, -1) for m in models]
+    means = [_karcher([row[i] for row in rows], shares, max_iter, tol) for i in range(len(rows[0]))]
+    return np.array(means).reshape(models[0].shape)
+
+
+def _karcher(vectors, shares, max_iter, tol):
     lengths = [np.linalg.norm(v) for v in vectors]
     units = [v / n for v, n in zip(vectors, lengths, strict=True)]
-    mean = sum(units) / np.linalg.norm(sum(units))
+    start = sum(s * u for s, u in zip(shares, units, strict=True))
+    mean = start / np.linalg.norm(start)
     for _ in range(max_iter):
-        step = sum(_log(mean, u) for u in units) / len(units)
+        step = sum(s * _log(mean, u) for s, u in zip(shares, units, strict=True))
         if np.linalg.norm(step) < tol:
             break
         mean = _exp(mean, step)
-    return (mean * np.mean(lengths)).reshape(models[0].shape)
+    return mean * (shares @ lengths)
 
 
 def model_stock(models, base, filter_wise=False):
@@ -341,7 +348,10 @@ REFERENCES: dict[str, tuple[Callable[..., Array], list[dict[str, Any]]]] = {
             {"weight": [1.0, 3.0, 2.0], "tangent": "projection"},
         ],
     ),
-    "karcher": (karcher, [{}, {"max_iter": 1}]),
+    "karcher": (
+        karcher,
+        [{}, {"max_iter": 1}, {"weight": [1.0, 3.0, 0.5]}, {"weight": [1.0, 3.0, 0.5], "filter_wise": True}],
+    ),
     "model_stock": (model_stock, [{}, {"filter_wise": True}]),
     "task_arithmetic": (
         task_arithmetic,
@@ -420,6 +430,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}),
     ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
     ("multislerp", {"weight": 0.5, "tangent": "projection"}),
+    ("karcher", {"filter_wise": True}),
     ("model_stock", {"filter_wise": True}),
     ("ties", {"weight": 0.5, "density": 0.3, "rescale": True, "trim_scope": "model"}),
     ("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.2, "rescale": True}),
@@ -432,7 +443,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("ramplus_tl", {"count_scope": "tensor"}),
 ]
 
-for family in ("robust", "transfer", "interference", "columns", "spectral", "continual"):
+for family in ("averages", "robust", "transfer", "interference", "columns", "spectral", "continual"):
     found = import_module(f"references_{family}")
     REFERENCES |= found.REFERENCES
     VARIANTS += found.VARIANTS

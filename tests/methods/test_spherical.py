@@ -125,6 +125,38 @@ def test_karcher_counts_a_vector_of_zero_in_the_length_alone():
     assert polar(merge_arrays("karcher", [at(0, 0), at(20, 3), at(40, 3)])) == pytest.approx((30, 2))
 
 
+def test_karcher_weighs_angles_and_lengths():
+    given = {"weight": [3.0, 1.0]}
+    assert polar(merge_arrays("karcher", [at(10, 1), at(90, 5)], parameters=given)) == pytest.approx((30, 2))
+    # In one plane it is the weighted mean of the angles, of however many.
+    given = {"weight": [1.0, 2.0, 5.0], "tol": 1e-12, "max_iter": 100}
+    merged = merge_arrays("karcher", [at(0), at(40), at(80)], parameters=given)
+    assert polar(merged) == pytest.approx((60, 1))
+    # A vector of zero weighs in the length alone.
+    given = {"weight": [2.0, 1.0, 1.0]}
+    assert polar(merge_arrays("karcher", [at(0, 0), at(20, 4), at(40, 4)], parameters=given)) == pytest.approx((30, 2))
+
+
+def test_karcher_by_filter_is_that_of_every_row_by_itself():
+    rng = np.random.default_rng(0)
+    rows = [[at(10, 1), at(0, 0), at(5), at(30), at(70, 2)], [at(80, 3), at(30, 2), -29 * at(5), at(30), at(30, 3)]]
+    rows += [[at(20, 2), at(50, 1), at(5), at(30), rng.standard_normal(40)]]
+    for given in ({}, {"weight": [1.0, 2.0, 4.0]}, {"max_iter": 1}, {"weight": [1.0, 0.0, 3.0], "tol": 0.0}):
+        merged = merge_arrays("karcher", [np.stack(row) for row in rows], parameters={**given, "filter_wise": True})
+        for i, row in enumerate(merged):
+            alone = merge_arrays("karcher", [model[i] for model in rows], parameters=given)
+            np.testing.assert_allclose(row, alone, rtol=0, atol=1e-12 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize("given", [{}, {"filter_wise": True}, {"weight": [3.0, 3.0, 1.0]}])
+def test_a_direction_that_is_opposed_to_the_mean_turns_it_nowhere(given):
+    # By rounding alone it would seem to lie in some direction, and half a turn away.
+    for one in np.random.default_rng(0).standard_normal((20, 40)):
+        merged = merge_arrays("karcher", [one, one, -29 * one], parameters=given)
+        length = (3 + 3 + 29) / 7 if "weight" in given else (1 + 1 + 29) / 3
+        np.testing.assert_allclose(merged, length * one, rtol=1e-12)
+
+
 @pytest.mark.parametrize("length", [1e30, 1e-25])
 def test_lengths_whose_squares_do_not_fit_float32_are_no_trouble(length):
     models = [at(0, length).astype(np.float32), at(60, length).astype(np.float32)]

@@ -29,6 +29,7 @@ TrimScope = Literal["tensor", "layer", "model"]
 # Importing a family registers its methods. A new family is added here and nowhere else.
 _FAMILIES = (
     "linear",
+    "averages",
     "robust",
     "spherical",
     "deltas",

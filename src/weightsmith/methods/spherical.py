@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from weightsmith.methods.block import Array, Block, Form, Scope, Statistic
-from weightsmith.methods.linear import weights_have_a_sum
+from weightsmith.methods.linear import Share, shares_of, weighted_sum, weights_have_a_sum
 from weightsmith.methods.registry import Granularity, Param, PerModel, method
 from weightsmith.methods.statistics import gram
 
@@ -35,13 +35,6 @@ def _with_base(scope: Scope) -> Statistic[Gram]:
 
 def _task_vectors(scope: Scope) -> Statistic[Gram]:
     return (yield from gram(lambda block: block.deltas))
-
-
-def _combine(coefficients: Sequence[float], vectors: Sequence[Array]) -> Array:
-    result = coefficients[0] * vectors[0]
-    for coefficient, vector in zip(coefficients[1:], vectors[1:], strict=True):
-        result = result + coefficient * vector
-    return result
 
 
 def slerp_coefficients(products: Gram, t: float) -> tuple[float, float]:
@@ -76,7 +69,7 @@ def slerp(
     ``[sin((1-t) a) B + sin(t a) W] / sin a``, on vectors of their own length. Where |cos a| > 0.9995 the
     straight line is taken: fine-tunes of one base are mostly that close, and there it is ``linear``.
     """
-    return _combine(slerp_coefficients(products, t), (block.base, *block.models))
+    return weighted_sum(slerp_coefficients(products, t), (block.base, *block.models))
 
 
 def _nuslerp_reads(parameters: Mapping[str, Any], form: Form) -> Granularity:
@@ -122,7 +115,7 @@ def nuslerp(
         axis = 0 if nuslerp_row_wise else -1
         result = _slerp_vectors(block.xp, one, other, t, axis)
     else:
-        result = _combine(_arc(products, t), (one, other))
+        result = weighted_sum(_arc(products, t), (one, other))
     return result if block.base is None else block.base + result
 
 
@@ -180,17 +173,20 @@ def _length(vector: Sequence[float], products: Gram) -> float:
 def _tangents(point: Sequence[float], products: Gram, *, project: bool, smallest: float) -> list[list[float]]:
     """Return, in coefficients of the directions, every direction seen from a point on the sphere.
 
-    The logarithm ``a / sin a (u - cos a m)`` keeps distances; the plain projection ``u - cos a m`` does not.
+    The logarithm ``a / sin a (u - cos a m)`` keeps distances; the plain projection ``u - cos a m`` does not. What is
+    opposed to the point lies in no direction from it.
     """
     found = []
     for i in range(len(products)):
         unit = [1.0 if j == i else 0.0 for j in range(len(products))]
         cosine = max(-1.0, min(1.0, _dot(unit, products, point)))
         angle = math.acos(cosine)
-        if products[i][i] == 0.0 or (not project and angle < smallest):
+        sine = math.sin(angle)
+        nowhere = angle < smallest or sine <= 0.0 or (cosine < 0.0 and sine < _OPPOSED)
+        if products[i][i] == 0.0 or (nowhere and not project):
             found.append([0.0] * len(products))
             continue
-        factor = 1.0 if project else angle / math.sin(angle) if math.sin(angle) > 0 else 0.0
+        factor = 1.0 if project else angle / sine
         found.append([factor * (u - cosine * p) for u, p in zip(unit, point, strict=True)])
     return found
 
@@ -244,46 +240,115 @@ def multislerp(
         step = [math.fsum(w * v[j] for w, v in zip(shares, tangents, strict=True)) for j in range(len(shares))]
         point = _step(mean, step, directions)
         coefficients = [length * p / x if x > eps else 0.0 for p, x in zip(point, lengths, strict=True)]
-    result = _combine(coefficients, block.deltas)
+    result = weighted_sum(coefficients, block.deltas)
     return result if block.base is None else block.base + result
+
+
+def _karcher_reads(parameters: Mapping[str, Any], form: Form) -> Granularity:
+    return "rows" if parameters["filter_wise"] else "elements"
+
+
+def _karcher_statistic(scope: Scope, *, filter_wise: bool) -> Statistic[Gram | None]:
+    return None if filter_wise else (yield from _task_vectors(scope))
 
 
 @method(
     minimum=1,
-    statistic=_task_vectors,
-    properties=("idempotent", "symmetric"),
+    statistic=_karcher_statistic,
+    reads=_karcher_reads,
+    check=weights_have_a_sum,
+    properties=("idempotent", "symmetric", "removable"),
     source="Karcher, Riemannian center of mass, Comm. Pure Appl. Math. 1977; per tensor as in mergekit",
 )
 def karcher(
     block: Block,
-    products: Gram,
+    products: Gram | None,
     *,
+    weight: PerModel[Share] = (1.0,),
+    filter_wise: Annotated[bool, Param("a mean for every vector along the last axis")] = False,
     max_iter: Annotated[int, Param("most steps", minimum=1)] = 10,
     tol: Annotated[float, Param("stop when a step is shorter, in radians", minimum=0)] = 1e-5,
 ) -> Array:
-    """Mean direction of the models on the sphere (equal weights), with their mean length.
+    """Mean direction of the models on the sphere, with their mean length.
 
     From the normalised mean of the directions, steps along the mean of the logarithms until they are shorter
-    than tol. The iteration runs on coefficients of the inputs in float64; mergekit runs it on tensors in the
-    files' dtype, which in bfloat16 loses small angles. Zero tensors count in the length alone. Where directions
-    cancel, the result is the plain mean.
+    than tol. Both means are weighted; only the ratio of the weights counts. The iteration runs on coefficients of the
+    inputs in float64; mergekit runs it on tensors in the files' dtype, which in bfloat16 loses small angles, and knows
+    equal weights alone. Zero tensors count in the length alone. Where directions cancel, the result is the plain mean.
+    With filter_wise all this holds for every vector along the last axis by itself.
     """
-    count = len(products)
+    shares = shares_of(weight)
+    if products is None:
+        return _karcher_of_vectors(block.xp, block.models, shares, max_iter, tol)
     lengths, directions = _unit_gram(products, 0.0)
-    living = sum(length > 0 for length in lengths)
-    start = [1.0 if length > 0 else 0.0 for length in lengths]
+    start = [share if length > 0 else 0.0 for share, length in zip(shares, lengths, strict=True)]
+    living = math.fsum(start)
     size = _length(start, directions)
-    mean = math.fsum(lengths) / count
+    mean = math.fsum(share * length for share, length in zip(shares, lengths, strict=True))
     # As above, NaN included.
     if not size > _CANCELLED * living:
-        return _combine([1.0 / count] * count, block.models)
+        return weighted_sum(shares, block.models)
     point = [s / size for s in start]
     for _ in range(max_iter):
         tangents = _tangents(point, directions, project=False, smallest=tol)
-        step = [math.fsum(column) / living for column in zip(*tangents, strict=True)]
+        step = [
+            math.fsum(s * part for s, part in zip(start, column, strict=True)) / living
+            for column in zip(*tangents, strict=True)
+        ]
         if _length(step, directions) < tol:
             break
         point = _step(point, step, directions)
         size = _length(point, directions)
         point = [p / size for p in point]
-    return _combine([mean * p / x if x > 0 else 0.0 for p, x in zip(point, lengths, strict=True)], block.models)
+    return weighted_sum([mean * p / x if x > 0 else 0.0 for p, x in zip(point, lengths, strict=True)], block.models)
+
+
+def _karcher_of_vectors(xp: Any, models: Sequence[Array], shares: Sequence[float], max_iter: int, tol: float) -> Array:
+    """Return the weighted Karcher mean of every row ``[r, c]``: the same iteration, all rows at once."""
+    count = range(len(models))
+    vectors = [xp.astype(model, xp.float64) for model in models]
+    products = [[xp.sum(vectors[i] * vectors[j], axis=-1, keepdims=True) for j in range(i + 1)] for i in count]
+    lengths = [xp.sqrt(products[i][i]) for i in count]
+    zero, one = xp.zeros_like(lengths[0]), xp.ones_like(lengths[0])
+    scale = [xp.where(length > 0, 1.0 / xp.where(length > 0, length, one), zero) for length in lengths]
+    directions = [[products[max(i, j)][min(i, j)] * scale[i] * scale[j] for j in count] for i in count]
+
+    def along(point: Sequence[Array]) -> list[Array]:
+        return [sum((directions[i][j] * point[j] for j in count), zero) for i in count]
+
+    def size_of(point: Sequence[Array]) -> Array:
+        square = sum((part * other for part, other in zip(point, along(point), strict=True)), zero)
+        return xp.sqrt(xp.where(square < 0, zero, square))
+
+    start = [xp.where(length > 0, share * one, zero) for share, length in zip(shares, lengths, strict=True)]
+    living = sum(start, zero)
+    size = size_of(start)
+    turned = size > _CANCELLED * living
+    point = [s / xp.where(turned, size, one) for s in start]
+    pulling = [s / xp.where(turned, living, one) for s in start]
+    for _ in range(max_iter):
+        cosines = [xp.clip(cosine, -1.0, 1.0) for cosine in along(point)]
+        angles = [xp.acos(cosine) for cosine in cosines]
+        sines = [xp.sin(angle) for angle in angles]
+        somewhere = [
+            (angle >= tol) & (sine > 0) & ((cosine > 0) | (sine >= _OPPOSED))
+            for cosine, angle, sine in zip(cosines, angles, sines, strict=True)
+        ]
+        pulls = [
+            share * xp.where(known, angle / xp.where(known, sine, one), zero)
+            for share, known, angle, sine in zip(pulling, somewhere, angles, sines, strict=True)
+        ]
+        back = sum((pull * cosine for pull, cosine in zip(pulls, cosines, strict=True)), zero)
+        step = [pull - back * p for pull, p in zip(pulls, point, strict=True)]
+        size = size_of(step)
+        moving = turned & (size > 0) & (size >= tol)
+        sine = xp.sin(size) / xp.where(moving, size, one)
+        moved = [xp.cos(size) * p + sine * s for p, s in zip(point, step, strict=True)]
+        size = size_of(moved)
+        point = [xp.where(moving, m / xp.where(moving, size, one), p) for m, p in zip(moved, point, strict=True)]
+    mean = sum((share * length for share, length in zip(shares, lengths, strict=True)), zero)
+    factors = [
+        xp.where(turned, mean * p * inverse, share * one)
+        for share, p, inverse in zip(shares, point, scale, strict=True)
+    ]
+    return xp.astype(weighted_sum(factors, vectors), models[0].dtype)
