@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from weightsmith.checkpoint.tensor import ArrayTensor, Tensor
+from weightsmith.conformance import models_for
 from weightsmith.dtypes import DType, promote
 from weightsmith.engine import fuse
 from weightsmith.engine.arrays import merge_arrays
@@ -144,6 +145,21 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("nearswap", {"t": 0.0}),
     ("nuslerp", {"weight": [0.3, 0.7], "nuslerp_flatten": False}),
     ("nuslerp", {"weight": [0.3, 0.7], "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("metric_weighted", {"metric": [0.5, 0.7, 2.0], "p": 2.0}),
+    ("harmonic", {}),
+    ("harmonic", {"weight": [0.5, 0.0, 2.0], "mixed": "sign"}),
+    ("median", {}),
+    ("median", {"weight": [1.0, 1.0, 0.0]}),
+    ("median", {"weight": [0.3, 1.0, 0.9]}),
+    ("median", {"weight": [0.3, 1.0, 0.9, 0.1, 0.6]}),
+    ("trimmed_mean", {}),
+    ("trimmed_mean", {"trim": 0}),
+    ("transfer", {}),
+    ("transfer", {"lambda": 0.3, "target_share": 0.5}),
+    ("interpolate", {}),
+    ("interpolate", {"lambda": 1.0}),
+    ("ama", {}),
+    ("bcwi", {"alpha": 0.3}),
     ("ema", {"momentum": 0.9, "interval": 3}),
     ("imm", {}),
 ]
@@ -153,6 +169,17 @@ SUMMED: list[tuple[str, dict[str, Any]]] = [
     ("nuslerp", {"weight": [0.3, 0.7]}),
     ("multislerp", {"weight": 1.0}),
     ("karcher", {}),
+    ("karcher", {"weight": [1.0, 0.0, 2.0]}),
+    ("karcher", {"filter_wise": True}),
+    ("geometric", {}),
+    ("geometric", {"mixed": "sign"}),
+    ("geometric", {"weight": [0.5, 0.0, 2.0], "mixed": "zero"}),
+    ("variance_corrected", {}),
+    ("variance_corrected", {"eps": 0.0, "vectors": True, "self_share": 0.4}),
+    ("krum", {"byzantine": 0, "select": 2}),
+    ("geometric_median", {}),
+    ("rws", {}),
+    ("rws_signature", {}),
     ("ties", {"weight": 0.5, "density": 0.3, "rescale": True}),
     ("breadcrumbs", {"weight": 0.5, "density": 0.3, "rescale": True, "trim_scope": "model"}),
     ("breadcrumbs_ties", {"weight": 0.5, "density": 0.3, "rescale": True}),
@@ -242,7 +269,7 @@ def test_every_dtype_of_inputs_casts_and_results_gives_the_same_bits(dtypes, cas
 
 @pytest.mark.parametrize("name", [name for name in all_methods() if name != "passthrough"])
 def test_a_tensor_without_elements_has_no_result(name):
-    models, base = drawn(name, (0, 80), models=2)
+    models, base = drawn(name, (0, 80), models=models_for(get_method(name)))
     given = dict(get_method(name).example)
     assert merge_arrays(name, models, None if get_method(name).base == "unused" else base, parameters=given).size == 0
 
@@ -324,6 +351,7 @@ PLAIN = [
     ("nuslerp", {"weight": [0.3, 0.7], "nuslerp_flatten": False, "nuslerp_row_wise": True}),
     ("della", {"weight": 0.5, "density": 0.5, "trim_scope": "tensor"}),
     ("della_linear", {"weight": 0.5, "density": 0.3, "rescale_by": "l1", "trim_scope": "tensor"}),
+    ("karcher", {"filter_wise": True}),
     ("widen", {}),
     ("opcm", {}),
 ]
