@@ -306,8 +306,8 @@ def test_steps_have_rules_of_their_own_and_python_writes_the_recipe(three, tmp_p
     np.testing.assert_allclose(merged[HEAD].numpy(), (of_a[HEAD] + of_b[HEAD]) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_python_and_yaml_and_flags_are_one_recipe(three):
-    from weightsmith.cli.recipes import read_recipe
+def test_python_and_yaml_and_flags_are_one_recipe(three, capsys):
+    from weightsmith.cli.main import main
 
     base, a, b = three
     of_rules = [
@@ -327,22 +327,15 @@ def test_python_and_yaml_and_flags_are_one_recipe(three):
             {"scope": {"names": "lm_head.*"}, "parameters": {"density": 0.5}},
         ],
     ).recipe
-    flags = read_recipe(
-        None,
-        method="ties",
-        base=base,
-        models=[a, b],
-        parameters=["weight=1.0", "density=0.4"],
-        rules=["*norm*=linear,weight=[0.3,0.7]", f"*embed*=passthrough,model={a}", "lm_head.*=density=0.5"],
-        fishers=[],
-        base_fisher=None,
-        variables=[],
-        plugins=[],
-        **dict.fromkeys(("dtype", "out_dtype", "seed", "compat")),
-    )
+    flags = ["--method", "ties", "--base", base, "--model", a, "--model", b, "-p", "weight=1.0", "-p", "density=0.4"]
+    for rule in ("*norm*=linear,weight=[0.3,0.7]", f"*embed*=passthrough,model={a}", "lm_head.*=density=0.5"):
+        flags += ["--rule", rule]
+    with pytest.raises(SystemExit) as end:
+        main(["merge", *flags, "--print-recipe"])
+    assert end.value.code == 0
     text = load_recipe(recipe("ties", [a, b], base, parameters={"weight": 1.0, "density": 0.4}, rules=of_rules))
     assert python == text
-    assert flags == text
+    assert load_recipe(capsys.readouterr().out) == text
     assert load_recipe(to_yaml(text)) == text
 
 
