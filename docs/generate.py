@@ -6,6 +6,7 @@ python docs/generate.py --check   # exit 1 if a page is not what the code says
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,10 +82,14 @@ def methods_page() -> str:
         "What each method declares about itself; `weightsmith methods NAME` prints the same. *Per model* "
         "parameters have one value for each model and may be given under it; all others have one value.",
         "",
-        "| method | needs | |",
-        "|---|---|---|",
     ]
-    lines += [f"| [{m.name}](#{m.name}) | {m.needs} | {m.summary} |" for m in methods]
+    for family, group in itertools.groupby(methods, lambda method: method.family):
+        lines += [f"**{family}**", "", "| method | needs | |", "|---|---|---|"]
+        for m in group:
+            also = f" Also known as {', '.join(f'`{name}`' for name in m.also)}." if m.also else ""
+            lines.append(f"| [{m.name}](#{m.name}) | {m.needs} | {m.summary}{also} |")
+        lines.append("")
+    lines.pop()
     for method in methods:
         lines += ["", f"## {method.name}", "", method.description, ""]
         if method.also:

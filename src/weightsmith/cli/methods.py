@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,21 @@ def command(name: str | None, as_json: bool, plugins: tuple[str, ...], check: bo
     elif name is not None:
         _page(chosen[0])
     else:
-        width = max(len(method.name) for method in chosen)
-        needs = max(len(method.needs) for method in chosen)
-        for method in chosen:
-            click.echo(f"{method.name:{width}}  {method.needs:{needs}}  {method.summary}")
+        _list(chosen)
+
+
+def _list(methods: list[Method]) -> None:
+    """Print methods by family: name, needs and summary, other names below."""
+    width = max(len(method.name) for method in methods)
+    needs = max(len(method.needs) for method in methods if method.fisher == "unused")
+    for family, group in itertools.groupby(methods, lambda method: method.family):
+        click.echo(f"{family}:")
+        for method in group:
+            click.echo(f"  {method.name:{width}}  {method.needs:{needs}}  {method.summary}")
+            if method.also:
+                click.echo(f"  {'':{width}}  also: {', '.join(method.also)}")
+        click.echo()
+    click.echo("'weightsmith methods NAME' explains one; other names work too.")
 
 
 def _page(method: Method) -> None:

@@ -147,14 +147,20 @@ class Method:
     def needs(self) -> str:
         """What it is to be given, in words."""
         if self.maximum is None:
-            count = f"{self.minimum} or more models"
+            count = f"{self.minimum}+ models"
         elif self.maximum == self.minimum:
             count = f"{self.minimum} model{'s' if self.minimum > 1 else ''}"
         else:
             count = f"{self.minimum} to {self.maximum} models"
-        base = {"required": ", a base", "optional": ", a base if there is one", "unused": ""}[self.base]
-        fisher = {"required": ", Fisher checkpoints", "optional": ", Fisher checkpoints if there are any", "unused": ""}
+        base = {"required": ", a base", "optional": ", base optional", "unused": ""}[self.base]
+        fisher = {"required": ", Fisher checkpoints", "optional": ", Fisher checkpoints optional", "unused": ""}
         return count + base + fisher[self.fisher]
+
+    @property
+    def family(self) -> str:
+        """What it shares with the methods that are defined beside it, in words."""
+        page = inspect.getdoc(inspect.getmodule(self.function)) or self.function.__module__
+        return page.split("\n", 1)[0].removesuffix(".")
 
     @property
     def order(self) -> str:
