@@ -62,6 +62,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def empty(self, size: int, working: DType) -> Values:
+        """Return ``[size]`` of float32 or float64 whose values are to be written."""
+
+    @abstractmethod
     def rounded(self, values: Values, dtype: DType, working: DType) -> Values:
         """Round values to a floating dtype, and return them in the dtype of the arithmetic."""
 
@@ -113,6 +117,10 @@ class NumpyBackend(Backend):
         if wide is not None:
             return np.asarray(wide(start, stop)).astype(working, copy=False)
         return widen(tensor.read(start, stop), working)
+
+    def empty(self, size: int, working: DType) -> Array:
+        """See :meth:`Backend.empty`."""
+        return np.empty(size, working)
 
     def rounded(self, values: Array, dtype: DType, working: DType) -> Array:
         """See :meth:`Backend.rounded`."""

@@ -18,7 +18,7 @@ from weightsmith.engine import fuse
 from weightsmith.engine.backend import NUMPY, Backend, Values
 from weightsmith.engine.expression import Computed, Group, columns, computed_within, is_made
 from weightsmith.kernels import philox
-from weightsmith.methods.block import Block, OnDemand, Scope, Sweep
+from weightsmith.methods.block import Block, Scope, Sweep, WholeBlock
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -219,12 +219,24 @@ class Evaluator:
         """Report what is not finite in stored inputs; what is computed was counted where it was."""
         if self._on_nonfinite is None:
             return
-        counts = []
-        # One at a time: whole matrices are read when they are asked for.
-        for i, part in enumerate(_weights(tensor)):
-            array = block.base if tensor.base is not None and i == 0 else block.models[i - (tensor.base is not None)]
-            counts += [0] if isinstance(part, Computed) else self.backend.nonfinite([array])
+        if isinstance(block, WholeBlock):
+            counts = [self._nonfinite_in(tensor, part) for part in _weights(tensor)]
+        else:
+            arrays = list(block.models) if tensor.base is None else [block.base, *block.models]
+            stored = [not isinstance(part, Computed) for part in _weights(tensor)]
+            found = iter(self.backend.nonfinite([array for array, one in zip(arrays, stored, strict=True) if one]))
+            counts = [next(found) if one else 0 for one in stored]
         self._report(tensor, counts)
+
+    def _nonfinite_in(self, tensor: Computed, part: Tensor) -> int:
+        """Count what is not finite in a whole input; what is computed was counted where it was."""
+        if isinstance(part, Computed):
+            return 0
+        found = 0
+        for start, stop in blocks(part.size, 1, self.backend.block):
+            with self.backend.computing():
+                found += self.backend.nonfinite([self._stretch(tensor, part, start, stop)])[0]
+        return found
 
     def _report(self, tensor: Computed, counts: Sequence[int]) -> None:
         labels = tensor.labels if tensor.base is None else ("base", *tensor.labels)
@@ -245,32 +257,64 @@ class Evaluator:
         if offset is None:
             offset = tensor.group.offset_of(tensor)
 
-        def stretch(part: Tensor, casts: DType | None = tensor.casts) -> Values:
-            values = self._values(part, start, stop, tensor.working)
-            if casts is not None:
-                values = self.backend.rounded(values, casts, tensor.working)
-            return values.reshape(shape)
-
         def draw(model: int) -> Values:
             key = philox.key_of(tensor.seed, tensor.name, tensor.labels[model])
             return self.backend.uniform(key, start, stop).reshape(shape)
 
-        models: Sequence[Values]
-        if tensor.reads == "tensor":
-            models = OnDemand(len(tensor.models), lambda i: stretch(tensor.models[i]))
-        else:
-            models = tuple(stretch(model) for model in tensor.models)
-        fishers = [None if one is None else stretch(one, None) for one in tensor.fishers]
+        fishers = [
+            None if one is None else self._values(one, start, stop, tensor.working).reshape(shape)
+            for one in tensor.fishers
+        ]
         base_fisher = fishers.pop(0) if fishers and tensor.base is not None else None
-        return Block(
-            base=None if tensor.base is None else stretch(tensor.base),
-            models=models,
-            start=offset + start,
-            draw=draw,
-            role=tensor.form.role,
-            fishers=tuple(fishers),
-            base_fisher=base_fisher,
+        others: dict[str, Any] = {
+            "start": offset + start,
+            "draw": draw,
+            "role": tensor.form.role,
+            "fishers": tuple(fishers),
+            "base_fisher": base_fisher,
+        }
+        if tensor.reads == "tensor":
+            return self._whole_block(tensor, others)
+
+        def stretch(part: Tensor) -> Values:
+            return self._stretch(tensor, part, start, stop).reshape(shape)
+
+        base = None if tensor.base is None else stretch(tensor.base)
+        return Block(base=base, models=tuple(stretch(model) for model in tensor.models), **others)
+
+    def _whole_block(self, tensor: Computed, others: dict[str, Any]) -> WholeBlock:
+        from array_api_compat import array_namespace
+
+        def whole(stretch: Callable[[int, int], Values]) -> Values:
+            """Join stretches of a tensor; no more of what they are made from is held than one of each."""
+            found = self.backend.empty(tensor.size, tensor.working)
+            for start, stop in blocks(tensor.size, 1, self.backend.block):
+                # A context for each: what is read to is then used again.
+                with self.backend.computing():
+                    found[start:stop] = stretch(start, stop)
+            return found.reshape(tensor.shape)
+
+        def read(model: int) -> Values:
+            part = tensor.models[model] if model >= 0 else tensor.base
+            assert part is not None
+            return whole(lambda start, stop: self._stretch(tensor, part, start, stop))
+
+        def subtract(model: int) -> Values:
+            part, base = tensor.models[model], tensor.base
+            assert base is not None
+            return whole(
+                lambda start, stop: self._stretch(tensor, part, start, stop) - self._stretch(tensor, base, start, stop)
+            )
+
+        xp = array_namespace(self.backend.empty(0, tensor.working))
+        return WholeBlock(
+            tensor.shape, xp, read, subtract, len(tensor.models), has_base=tensor.base is not None, **others
         )
+
+    def _stretch(self, tensor: Computed, part: Tensor, start: int, stop: int) -> Values:
+        """Read a stretch of an input as a tensor's method is given it: ``[n]``."""
+        values = self._values(part, start, stop, tensor.working)
+        return values if tensor.casts is None else self.backend.rounded(values, tensor.casts, tensor.working)
 
 
 # A stretch of a member of a group: the tensor, start, stop, and the elements of the scope before the tensor.

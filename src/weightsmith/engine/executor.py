@@ -371,7 +371,8 @@ class _Run:
             self.listener.advance(values.nbytes)
             return hash_part(np.ascontiguousarray(values).view(np.uint8))
 
-        vector = tensor.columns if isinstance(tensor, Computed) else 1
+        # A whole matrix is computed once and held: what is written of it at a time may be cut anywhere.
+        vector = tensor.columns if isinstance(tensor, Computed) and tensor.reads != "tensor" else 1
         length = self.steps.get(task.name, self.backend.block * item) // item
         stretches = list(blocks(task.size, vector, length))
         parts = list(mapper(one, stretches))

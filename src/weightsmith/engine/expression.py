@@ -97,7 +97,7 @@ class Computed(Tensor):
     @cached_property
     def form(self) -> Form:
         """What the method may know of this tensor before it is read."""
-        return Form(self.shape, role(self.name))
+        return Form(self.shape, role(self.name), self.working.itemsize)
 
     @cached_property
     def reads(self) -> Granularity:

@@ -119,9 +119,7 @@ class Plan:
     @cached_property
     def work(self) -> Work:
         """What the linear algebra of the methods costs in all, and the most that is held for one matrix."""
-        parts = [part for task in self.tasks for part in computed_within(task.tensor)]
-        # A statistic over several tensors computes what the result rests on, which is then computed again.
-        done = [part.work for part in parts for _ in range(1 + (part.method.statistic is not None)) if part.work]
+        done = [part.work for task in self.tasks for part in computed_within(task.tensor) if part.work]
         return Work(
             sum(work.operations for work in done),
             max((work.elements for work in done), default=0),
@@ -223,9 +221,9 @@ def matrix_memory(task: Task) -> int:
     held = 0
     for part in computed_within(task.tensor):
         if part.reads == "tensor":
-            # The base, a model, its task vector and the result; or of a method that says nothing, all there is.
+            # In the end base, change and result; or of a method that says nothing, what others' blocks take.
             inputs = len(part.inputs) + _TEMPORARIES
-            elements = 4 * part.size + part.work.elements if part.work else inputs * part.size
+            elements = max(part.work.elements, 3 * part.size) if part.work else inputs * part.size
             held += elements * part.working.itemsize
         elif held:
             held += min(part.size, BLOCK) * part.working.itemsize * (len(part.inputs) + _TEMPORARIES)

@@ -88,6 +88,10 @@ class TorchBackend(Backend):
         # On the CPU nothing has been copied yet where both dtypes are one, and the room is used again.
         return values.clone() if values.data_ptr() == room.ctypes.data else values
 
+    def empty(self, size: int, working: DType) -> Values:
+        """See :meth:`Backend.empty`."""
+        return torch.empty(size, dtype=convert.torch_dtype(working), device=self.device)
+
     def rounded(self, values: Values, dtype: DType, working: DType) -> Values:
         """See :meth:`Backend.rounded`."""
         data = convert.narrow(values, dtype).contiguous().view(torch.uint8)

@@ -50,10 +50,12 @@ class Form:
         shape: the lengths of its axes.
         role: what it is for, as far as its name tells: ``embedding``, ``head``, ``norm``, ``mlp``, ... or ``other``;
             see :func:`weightsmith.architecture.stacks.role`.
+        itemsize: bytes of an element of the working dtype: 4 or 8.
     """
 
     shape: tuple[int, ...]
     role: str = "other"
+    itemsize: int = 4
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ class Work:
     """What linear algebra on whole matrices costs.
 
     Attributes:
-        operations: floating-point operations.
-        elements: elements of the working dtype that are held at a time.
-        decompositions: singular value decompositions.
+        operations: floating-point operations, those of a statistic that takes matrices apart included.
+        elements: the most that is held at a time, counted in elements of the working dtype: the task vectors that the
+            method asks for, the result, and the workspace of LAPACK.
+        decompositions: singular value or eigenvalue decompositions.
     """
 
     operations: float
@@ -114,8 +117,7 @@ class Block:
     - ``elements``: ``[n]``, any n consecutive elements;
     - ``rows``: ``[r, c]``, r whole vectors along the last axis (a 1-D tensor or a scalar is one row);
     - ``filters``: ``[r, c]``, r whole slices along the first axis, flattened (a 1-D tensor is one slice);
-    - ``tensor``: the tensor's own shape, all of it. Models and task vectors are then read when they are asked for and
-      not kept: go through them one at a time, and memory does not grow with their number.
+    - ``tensor``: the tensor's own shape, all of it; see :class:`WholeBlock`.
 
     Attributes:
         base: the base's stretch, or None where there is no base.
@@ -142,9 +144,12 @@ class Block:
         """The task vectors: every model minus the base (the models themselves where there is no base)."""
         if self.base is None:
             return self.models
-        if isinstance(self.models, OnDemand):
-            return OnDemand(len(self.models), lambda i: self.models[i] - self.base)
         return tuple(model - self.base for model in self.models)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the arrays."""
+        return tuple((self.models[0] if self.base is None else self.base).shape)
 
     @cached_property
     def xp(self) -> Any:
@@ -166,6 +171,56 @@ class Block:
         xp = self.xp
         flat = xp.arange(self.start, self.start + size, dtype=xp.int64, device=device(first))
         return xp.reshape(flat, shape)
+
+
+class WholeBlock(Block):
+    """A whole tensor. Base, models and task vectors are read each time that they are asked for, and not kept.
+
+    Go through them one at a time, and memory does not grow with their number.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        xp: Any,
+        read: Callable[[int], Array],
+        subtract: Callable[[int], Array],
+        models: int,
+        *,
+        has_base: bool,
+        **others: Any,
+    ) -> None:
+        """Say how to read a tensor.
+
+        Args:
+            shape: the tensor's shape.
+            xp: the array namespace.
+            read: gives model i; the base where i is -1.
+            subtract: gives model i minus the base.
+            models: number of models, the base not counted.
+            has_base: whether there is a base.
+            others: attributes of a block: start, draw, role, fishers, base_fisher.
+        """
+        self.__dict__.update(
+            _shape=shape,
+            _read=read if has_base else None,
+            models=OnDemand(models, read),
+            deltas=OnDemand(models, subtract if has_base else read),
+            xp=xp,
+            **others,
+        )
+
+    @property
+    def base(self) -> Array:
+        """The base's tensor, read now, or None where there is no base."""
+        read = self.__dict__["_read"]
+        return None if read is None else read(-1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        shape: tuple[int, ...] = self.__dict__["_shape"]
+        return shape
 
 
 def rank_in_rows(xp: Any, magnitudes: Array) -> Array:
