@@ -14,7 +14,7 @@ def _projected(merged, delta, alpha):
     rows, _ = np.linalg.qr(np.concatenate([merged, delta]).T)
     u, s, vt = np.linalg.svd(merged @ rows, full_matrices=True)
     share = np.cumsum(s) / s.sum()
-    above = [i for i in range(len(s)) if share[i] > alpha]
+    above = [i for i in range(len(s)) if share[i] > alpha + 1e-12]
     rank = above[0] if above else 0
     projected = u.T @ (delta @ rows) @ vt.T
     for i in range(min(merged.shape)):

@@ -101,6 +101,19 @@ def drawn(name: str | Method, shape: tuple[int, ...], *, models: int = 3, broken
     return made, base
 
 
+# Methods that take matrices apart, and stream other tensors.
+MATRICES: list[tuple[str, dict[str, Any]]] = [
+    ("tsv", {}),
+    ("iso_c", {}),
+    ("iso_cts", {}),
+    ("star", {"weight": [0.5, 0.0, 1.0]}),
+    ("timber", {}),
+    ("low_rank", {"weight": [0.5, 1.0, -1.0]}),
+    ("subspace_boosting", {}),
+    ("knots", {"density": 0.3}),
+    ("knots", {"density": [0.3, 0.5], "trim_scope": "model"}),
+    ("knots_dare", {"density": 0.3}),
+]
 # Settings whose statistics are selections, counts or nothing: both ways give the same bits.
 EXACT: list[tuple[str, dict[str, Any]]] = [
     ("linear", {"weight": [0.5, 0.3, 0.2]}),
@@ -162,6 +175,7 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("bcwi", {"alpha": 0.3}),
     ("ema", {"momentum": 0.9, "interval": 3}),
     ("imm", {}),
+    *MATRICES,
 ]
 # ... and those whose statistics or rows are summed, in another order than NumPy's.
 SUMMED: list[tuple[str, dict[str, Any]]] = [
@@ -354,22 +368,29 @@ PLAIN = [
     ("karcher", {"filter_wise": True}),
     ("widen", {}),
     ("opcm", {}),
+    *MATRICES,
 ]
 
 
-@pytest.mark.parametrize(("name", "given"), EXACT + SUMMED, ids=str)
-def test_methods_and_their_statistics_are_fused(name, given, monkeypatch):
-    made: list[Any] = []
+@pytest.fixture
+def made(monkeypatch) -> list[Any]:
+    """Return the programs that were made, or None for each that could not be."""
+    programs: list[Any] = []
 
     def noted(make: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            made.append(make(*arguments))
-            return made[-1]
+            programs.append(make(*arguments))
+            return programs[-1]
 
         return call
 
     for maker in ("result_program", "request_program"):
         monkeypatch.setattr(fuse, maker, noted(getattr(fuse, maker)))
+    return programs
+
+
+@pytest.mark.parametrize(("name", "given"), EXACT + SUMMED, ids=str)
+def test_methods_and_their_statistics_are_fused(name, given, made, monkeypatch):
     models, base = drawn(name, (24, 80), models=models_of(name, given))
     for dtype in (F32, F64):
         made.clear()
@@ -380,6 +401,16 @@ def test_methods_and_their_statistics_are_fused(name, given, monkeypatch):
         evaluated(computed(name, given, [model.astype(dtype) for model in models], base), BF16)
         assert all(made) != plain or not any(made)
         assert made
+
+
+@pytest.mark.parametrize(("name", "given"), MATRICES, ids=str)
+def test_tensors_that_are_not_taken_apart_are_fused(name, given, made, monkeypatch):
+    monkeypatch.setenv("WEIGHTSMITH_KERNELS", "strict")
+    models, base = drawn(name, (700,), models=models_of(name, given))
+    evaluated(computed(name, given, models, base), BF16)
+    # The statistic over a model asks for what no program answers; the result is one.
+    assert made[-1] is not None
+    assert all(made) or given.get("trim_scope") == "model"
 
 
 def test_strict_says_what_could_not_be_recorded(monkeypatch):

@@ -30,7 +30,8 @@ from weightsmith.methods import statistics
 from weightsmith.methods.registry import all_methods
 
 OWN = [method for method in all_methods().values() if method.function.__module__.startswith("weightsmith.")]
-RANDOM = [method.name for method in OWN if method.random and "density" in method.parameters]
+# Where the masks lie on the weights themselves.
+RANDOM = [method.name for method in OWN if method.random and "density" in method.parameters and method.work is None]
 # Beyond statistics' _SMALL_SCOPE, so that selection begins with a sample.
 LARGE = (3, 50_001)
 # A last digit or two of the working dtype, of the largest value: sums are taken in another order.

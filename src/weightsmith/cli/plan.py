@@ -9,7 +9,7 @@ import click
 
 from weightsmith.cli.recipes import memory_option, read_recipe, recipe_options, shard_option
 from weightsmith.cli.terminal import printable
-from weightsmith.cli.units import size
+from weightsmith.cli.units import roughly, size
 
 if TYPE_CHECKING:
     from weightsmith.engine.plan import Plan
@@ -60,8 +60,7 @@ def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: b
     click.echo(f"output      {len(plan.tasks):,} tensors, {content['parameters']:,} parameters")
     click.echo(f"methods     {', '.join(f'{name} on {count:,}' for name, count in content['methods'].items())}")
     if content["decompositions"]:
-        operations = f"{content['matrix_operations']:.2g} operations"
-        click.echo(f"matrices    {content['decompositions']:,} decompositions, {operations}")
+        _show_matrices(content)
     click.echo(f"read        {size(content['bytes_read'])}, once per pass")
     click.echo(f"write       {size(content['bytes_written'])}")
     workers = f"{count} thread{'s' if count > 1 else ''}"
@@ -70,6 +69,38 @@ def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: b
         click.echo(f"shard       {printable(shard['file'])}: {shard['tensors']:,} tensors, {size(shard['nbytes'])}")
     for warning in content["warnings"]:
         click.echo(f"warning     {printable(warning)}")
+
+
+def _show_matrices(content: dict[str, Any]) -> None:
+    operations, at_a_time = content["matrix_operations"], content["matrices_at_a_time"]
+    seconds = operations / _operations_a_second() / min(at_a_time, content["matrices"])
+    click.echo(
+        f"matrices    {content['matrices']:,} tensors, {content['decompositions']:,} decompositions, "
+        f"{operations:.2g} operations: {roughly(seconds)} on this machine"
+    )
+    largest = content["largest_matrix"]
+    shape = "x".join(map(str, largest["shape"]))
+    click.echo(
+        f"            the largest, {printable(largest['name'])} ({shape}), takes {size(largest['memory'])}; "
+        f"{at_a_time} at a time"
+    )
+
+
+def _operations_a_second() -> float:
+    """Time a small decomposition, as the plan counts one; larger ones do up to half as much again in a second."""
+    from time import perf_counter
+
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    side = 512
+    matrix = np.random.default_rng(0).standard_normal((side, side))
+    matrix = matrix @ matrix.T
+    with threadpool_limits(1, user_api="blas"):
+        np.linalg.eigh(matrix[:64, :64])
+        started = perf_counter()
+        np.linalg.eigh(matrix)
+        return 9.0 * side**3 / (perf_counter() - started)
 
 
 def _show_tensor(entry: dict[str, Any]) -> None:

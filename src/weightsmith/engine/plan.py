@@ -127,6 +127,22 @@ class Plan:
         )
 
     @cached_property
+    def matrices(self) -> tuple[Task, ...]:
+        """The tensors that are taken apart whole, the one that takes the most memory first."""
+        found = [task for task in self.tasks if any(part.work for part in computed_within(task.tensor))]
+        return tuple(sorted(found, key=matrix_memory, reverse=True))
+
+    def matrices_at_a_time(self, threads: int, memory: int | None = None) -> int:
+        """Return how many matrices of the largest kind are worked on at a time.
+
+        Args:
+            threads: how many threads there are.
+            memory: most bytes that the run is to hold, if a person says so.
+        """
+        largest = self._memory[2]
+        return max(min(threads, self.room_for_matrices(memory) // largest), 1) if largest else threads
+
+    @cached_property
     def _memory(self) -> tuple[int, int, int]:
         """Bytes held whatever the number of threads, by each of them, and by one that works on a matrix."""
         selected = max((_statistic_memory(task) for task in self.tasks), default=0)
@@ -171,8 +187,15 @@ class Plan:
             "methods": self.methods,
             "matrix_operations": self.work.operations,
             "decompositions": self.work.decompositions,
+            "matrices": len(self.matrices),
+            "matrices_at_a_time": self.matrices_at_a_time(threads, memory) if self.matrices else 0,
+            "largest_matrix": self._largest_json() if self.matrices else None,
             "warnings": list(self.warnings),
         }
+
+    def _largest_json(self) -> dict[str, Any]:
+        largest = self.matrices[0]
+        return {"name": largest.name, "shape": list(largest.shape), "memory": matrix_memory(largest)}
 
     def _task_json(self, task: Task) -> dict[str, Any]:
         place = self.place(task)

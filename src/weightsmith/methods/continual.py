@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from weightsmith.errors import MethodError
 from weightsmith.methods.block import Array, Block, Form, Scope, Statistic, Work
-from weightsmith.methods.matrices import is_matrix, svd, svd_work, together
+from weightsmith.methods.matrices import is_matrix, spectrum, spectrum_work, times, together, triples, triples_work
 from weightsmith.methods.registry import Continuation, Granularity, Param, TrimScope, method
 from weightsmith.methods.statistics import totals
 
@@ -27,9 +27,10 @@ def _work(parameters: Mapping[str, Any], form: Form, models: int) -> Work | None
     m, n = form.shape
     k = min(m, n)
     # Into the space of the singular vectors and back.
-    products = Work(8.0 * m * n * k, 2 * m * n)
-    steps = [svd_work(m, n), products] * (models - 1)
-    return together(*steps, elements=2 * m * n)
+    products = Work(8.0 * m * n * k, k * (m + n) + 2 * m * n)
+    apart = together(spectrum_work(m, n, form.itemsize), triples_work(m, n, k, form.itemsize))
+    # For the lengths, and for the result.
+    return times(2 * (models - 1), together(apart, products, elements=2 * m * n)) if models > 1 else None
 
 
 def _update(block: Block, alpha: float, previous_lambda: float) -> Array:
@@ -46,22 +47,20 @@ def _outside(xp: Any, merged: Array, delta: Array, alpha: float) -> Array:
     With the full bases U and V, P = U^T delta V loses its diagonal and its leading block. Written as what is taken
     away, that needs the thin bases alone.
     """
-    u, s, vt = svd(xp, merged)
-    wide = xp.astype(s, xp.float64)
-    total = float(xp.sum(wide))
+    found = spectrum(xp, merged)
+    total = float(xp.sum(found.values))
     if not 0 < total < math.inf:
         # No earlier update: nothing to keep clear of. What is not finite makes all of it so.
         return delta + total
-    share = xp.cumulative_sum(wide) / total
-    count = int(s.shape[0])
-    # The last share may round to less than alpha; then the first index "above" it is 0, as in the authors' code.
-    dominant = int(xp.count_nonzero(share <= alpha)) % count
+    share = xp.cumulative_sum(found.values) / total
     # Directions of no length are arbitrary: taking anything away along them would be, too.
-    living = int(xp.count_nonzero(wide > float(wide[0]) * max(merged.shape) * float(xp.finfo(s.dtype).eps)))
+    u, _, vt = triples(xp, merged, found, found.rank(xp))
+    # Where no share lies above alpha, the first index "above" it is 0, as in the authors' code; 1 may round to more.
+    dominant = int(xp.count_nonzero(share <= alpha + 1e-12)) % share.shape[0]
     inside = xp.matrix_transpose(u) @ delta
     diagonal = xp.sum(inside * vt, axis=1)
     block = inside[:dominant, :] @ xp.matrix_transpose(vt[:dominant, :])
-    rest = slice(dominant, max(living, dominant))
+    rest = slice(dominant, None)
     return delta - (u[:, :dominant] @ (block @ vt[:dominant, :]) + (u[:, rest] * diagonal[rest][None, :]) @ vt[rest, :])
 
 

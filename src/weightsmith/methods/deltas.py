@@ -144,6 +144,12 @@ _NONE = Cut(float("inf"), -1)
 _ALL = Cut(-1.0, -1)
 
 
+def keeping(outer: Sequence[Cut]) -> Trim:
+    """Return what trims each task vector to the entries within a boundary."""
+    return Trim(outer, [_NONE] * len(outer), [1.0] * len(outer))
+
+
+
 def _cuts(scope: Scope, *counts: Sequence[int]) -> Statistic[list[list[Cut]]]:
     """Return boundaries of the k largest magnitudes of every task vector; k of 0 or all needs no sweep.
 
@@ -198,11 +204,15 @@ def l1_ratios(
     ]
 
 
+def kept_of(size: int, share: float) -> int:
+    """Return how many of so many entries a share is: at least one, unless it is 0 or there are none."""
+    return min(max(1, int(share * size)), size) if share > 0 else 0
+
+
 def largest_share(scope: Scope, density: Sequence[float]) -> Statistic[Trim]:
     """Find each task vector's largest entries: the density share of them, and at least one unless it is 0."""
-    counts = [max(1, int(share * scope.size)) if share > 0 else 0 for share in density]
-    (outer,) = yield from _cuts(scope, counts)
-    return Trim(outer, [_NONE] * len(outer), [1.0] * len(outer))
+    (outer,) = yield from _cuts(scope, [kept_of(scope.size, share) for share in density])
+    return keeping(outer)
 
 
 def _largest_share(scope: Scope, *, density: Sequence[float], rescale: bool) -> Statistic[Trim]:

@@ -41,6 +41,8 @@ _FAMILIES = (
     "stock",
     "columns",
     "spectral",
+    "subspaces",
+    "knots",
     "continual",
 )
 _ENTRY_POINTS = "weightsmith.methods"

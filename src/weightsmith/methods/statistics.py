@@ -8,12 +8,12 @@ on the order in which blocks finish nor on how many threads there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.methods.block import Array, Block, Scope, Statistic, Sweep
-from weightsmith.methods.sweeps import Equal, Histograms, Numbers, Patterns, Within
+from weightsmith.methods.sweeps import Equal, Histograms, Numbers, Patterns, Within, digit_range
 
 _EVERYWHERE = 2**62
 
@@ -276,6 +276,68 @@ def _radix(values: Callable[[Block], Sequence[Array]], counts: Sequence[int], *,
             place = select.place_of([int(count) for (count,) in per_block], wanted[i])
             cuts.append(Cut(value, (yield from _last_kept(values, i, prefixes[i], *place))))
     return cuts
+
+
+# For a block: how many values it has, and for each selection a function that gives them, in arrays one after the other.
+_Values = Callable[[Block], tuple[int, Sequence[Callable[[], Iterable[Array]]]]]
+
+
+def boundaries(values: _Values, counts: Callable[[int], Sequence[int]]) -> Statistic[list[Cut]]:
+    """Find the boundaries of the k largest of values that are costly to have, and whose number shows with them.
+
+    By histograms of 16 bits at a time: two sweeps, four in float64. Of values equal to the k-th largest all are kept.
+
+    Args:
+        values: gives for a block how many values it has, and for each selection a function that gives them, in arrays
+            of non-negative numbers. The selections are the same, and there is one at least, for all blocks.
+        counts: number of values in all blocks -> k per selection.
+
+    Returns:
+        One :class:`Cut` per selection.
+    """
+    from weightsmith.kernels import select
+
+    prefixes: list[int] = []
+    asked: Sequence[int] = ()
+    wanted: list[int] = []
+    bits, level = select.DIGIT, 0
+    while level * select.DIGIT < bits:
+        ((bits, size, *histograms),) = yield Sweep(_Digits(values, tuple(prefixes), level), _add)
+        if level == 0:
+            asked = counts(size)
+            wanted, prefixes = list(asked), [0] * len(asked)
+        for i, histogram in enumerate(histograms):
+            digit, wanted[i], _ = select.bucket(histogram, wanted[i])
+            prefixes[i] = (prefixes[i] << select.DIGIT) | digit
+        level += 1
+    found = [
+        select.value_of(prefix, bits) if count else math.nan for prefix, count in zip(prefixes, asked, strict=True)
+    ]
+    return [_NOTHING if math.isnan(value) else Cut(value, _EVERYWHERE) for value in found]
+
+
+@dataclass(frozen=True)
+class _Digits:
+    """Counts of values by the 16 bits that follow a prefix of their bit patterns; see :class:`Histograms`."""
+
+    values: _Values
+    prefixes: Sequence[int]
+    level: int
+
+    def __call__(self, block: Block) -> list[Any]:
+        """Return the width of the patterns in bits, the number of values, and 65,536 counts for each selection."""
+        from weightsmith.kernels.select import selector
+
+        size, selections = self.values(block)
+        width, found = 0, []
+        for i, arrays in enumerate(selections):
+            prefix, counts = (self.prefixes[i] if self.prefixes else 0), None
+            for array in arrays():
+                kernel, width = selector(array), 8 * array.dtype.itemsize
+                own = kernel.histogram(kernel.patterns(array), *digit_range(prefix, self.level, width))
+                counts = own if counts is None else counts + own
+            found.append(counts)
+        return [width, size, *found]
 
 
 def leading_bits(values: Callable[[Block], Sequence[Array]], scope: Scope) -> Statistic[list[Any]]:

@@ -85,8 +85,7 @@ class Histograms:
 
     def of(self, prefix: int, width: int) -> tuple[int, int]:
         """Return the least pattern with a prefix and how far its digit is shifted, for patterns of a width in bits."""
-        shift = width - 16 * (self.level + 1)
-        return prefix << (shift + 16), shift
+        return digit_range(prefix, self.level, width)
 
     def __call__(self, block: Block) -> list[Any]:
         """Return the width of the patterns in bits, and 65,536 counts for each array."""
@@ -99,6 +98,18 @@ class Histograms:
             kernel = selector(array)
             counts.append(kernel.histogram(kernel.patterns(array), *self.of(prefix, width)))
         return [width, *counts]
+
+
+def digit_range(prefix: int, level: int, width: int) -> tuple[int, int]:
+    """Return the least pattern with a prefix and how far the 16 bits that follow it are shifted.
+
+    Args:
+        prefix: the leading bits.
+        level: how many times 16 bits that is.
+        width: bits of a pattern.
+    """
+    shift = width - 16 * (level + 1)
+    return prefix << (shift + 16), shift
 
 
 @dataclass(frozen=True)
