@@ -17,6 +17,7 @@ from weightsmith.engine.backend import BLOCK
 from weightsmith.engine.evaluate import Evaluator
 from weightsmith.engine.expression import Computed
 from weightsmith.engine.plan import matrix_memory
+from weightsmith.errors import OutputError
 from weightsmith.methods import registry
 from weightsmith.methods.block import Block, WholeBlock, Work
 from weightsmith.methods.registry import all_methods, get_method
@@ -165,6 +166,20 @@ def test_as_many_matrices_are_worked_on_as_fit(write_model, tmp_path, whole, mem
     assert plan.matrices_at_a_time(4, bound) == most
     merge.save(tmp_path / "out", threads=4, memory=bound)
     assert peak[0] == most
+
+
+def test_a_matrix_that_holds_a_nan_is_told_as_what_it_is(write_model, tmp_path):
+    tensors = llama_tensors(0)
+    broken = {name: array.copy() for name, array in tensors.items()}
+    broken["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
+    merge = ws.merge("iso_c", [write_model("m", broken)], write_model("base", tensors))
+    with pytest.raises(OutputError, match=r"layers\.1\.mlp.*1 values of its inputs.* whole matrix .*128 results"):
+        merge.save(tmp_path / "out")
+    merge.save(tmp_path / "out", on_nonfinite="warn")
+    merged = read_safetensors(tmp_path / "out")
+    assert [name for name, array in merged.items() if not np.isfinite(array).all()] == [
+        "model.layers.1.mlp.up_proj.weight"
+    ]
 
 
 def test_a_plan_names_the_matrix_that_takes_most(write_model):

@@ -41,6 +41,12 @@ VARIANTS = [
     ("dare_linear", {"weight": 0.5, "density": 0.3, "object": "weights"}),
     ("della", {"weight": 0.5, "density": 0.3, "trim_scope": "tensor"}),
     ("sce", {"select_topk": 1.0}),
+    ("tsv", {"weight": 0.5, "svd": "randomized"}),
+    ("iso_c", {"mean_over": "rank", "tolerance": 0.1}),
+    ("star", {"eta": 80.0, "rank": 3, "svd": "randomized"}),
+    ("low_rank", {"weight": 0.5, "keep": "effective_rank"}),
+    ("knots", {"density": 0.3, "trim_scope": "model"}),
+    ("knots", {"density": 0.3, "concatenate": "out", "coordinates": "unscaled"}),
 ]
 
 

@@ -109,6 +109,16 @@ def test_triples_are_orthonormal_and_make_the_best_approximation(shape, dtype):
     np.testing.assert_allclose(left @ np.diag(values) @ right, best, rtol=0, atol=CLOSE[dtype])
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_triples_beyond_the_rank_are_of_value_zero(shape):
+    matrix = of_low_rank(shape, 3).astype(np.float32)
+    left, values, right = leading(np, matrix, 6)
+    assert (left.shape, values.shape, right.shape) == ((shape[0], 6), (6,), (6, shape[1]))
+    assert not values[3:].any()
+    assert not (right[3:] if shape[0] < shape[1] else left[:, 3:]).any()
+    np.testing.assert_allclose(left @ np.diag(values) @ right, matrix, rtol=0, atol=1e-5 * np.abs(matrix).max())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_polar_factor_is_orthonormal_and_leaves_a_symmetric_matrix(shape, dtype):
@@ -159,6 +169,7 @@ def test_the_rank_counts_values_above_a_share_of_the_largest():
     assert rank([math.nan, math.nan]) == 2
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (6, 6)])

@@ -391,6 +391,12 @@ class _Run:
         given = sum(count for where, count in counts.items() if where != RESULT)
         if lost <= given or self.on_nonfinite != "error":
             return
+        if given and matrix_memory(task):
+            raise OutputError(
+                f"{task.name}: {given:,} values of its inputs are NaN or infinite, and a method that takes the whole "
+                f"matrix makes {lost:,} results so; mend the input, give this tensor to another method (rules), or go "
+                "on with --on-nonfinite warn"
+            )
         dtype = dtypes.name_of(task.dtype)
         raise OutputError(
             f"{task.name}: {lost:,} results are NaN or infinite in {dtype}, and "

@@ -149,7 +149,6 @@ def keeping(outer: Sequence[Cut]) -> Trim:
     return Trim(outer, [_NONE] * len(outer), [1.0] * len(outer))
 
 
-
 def _cuts(scope: Scope, *counts: Sequence[int]) -> Statistic[list[list[Cut]]]:
     """Return boundaries of the k largest magnitudes of every task vector; k of 0 or all needs no sweep.
 

@@ -15,10 +15,10 @@ from weightsmith.methods.deltas import (
     Scoped,
     Trim,
     Weight,
+    joined,
     keeping,
     kept_of,
     largest_share,
-    joined,
 )
 from weightsmith.methods.matrices import joint_basis, joint_basis_work, sides, times, together
 from weightsmith.methods.registry import Param, PerModel, method

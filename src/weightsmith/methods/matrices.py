@@ -290,16 +290,25 @@ def triples(xp: Any, matrix: Array, found: Spectrum, count: int) -> tuple[Array,
 
 
 def leading(xp: Any, matrix: Array, rank: int, how: Decomposition = "exact") -> tuple[Array, Array, Array]:
-    """Return the first singular triples of a matrix: :func:`triples` of its :func:`spectrum`.
+    """Return the first singular triples of a matrix, exactly as many as are asked for.
+
+    Where singular values are zero but for rounding they are zero here, and so are the vectors of the longer side.
 
     Args:
         xp: the array namespace.
         matrix: ``[m, n]``, float32 or float64.
-        rank: how many are wanted, at most ``min(m, n)``; there are fewer where others are zero but for rounding.
-        how: ``exact`` or ``randomized``.
+        rank: how many, at most ``min(m, n)``.
+        how: ``exact`` or ``randomized``; see :func:`spectrum`.
+
+    Returns:
+        U ``[m, rank]``, s ``[rank]`` and V transposed ``[rank, n]``, in the matrix's dtype, values falling.
     """
     found = spectrum(xp, matrix, rank, how)
-    return triples(xp, matrix, found, min(rank, found.rank(xp)))
+    values = found.values[:rank]
+    zero = xp.arange(rank, device=_device(values)) >= found.rank(xp)
+    safe = xp.where(zero, xp.full_like(values, math.inf), values)
+    left, _, right = triples(xp, matrix, Spectrum(safe, found.leading(rank), found.dtype), rank)
+    return left, xp.astype(xp.where(zero, xp.zeros_like(values), values), matrix.dtype), right
 
 
 def polar(xp: Any, matrix: Array, tolerance: float | None = None) -> Array:
@@ -412,15 +421,9 @@ def triples_work(m: int, n: int, rank: int, itemsize: int) -> Work:
     return Work(2.0 * rank * m * n, (m + n) * rank + (k * k + 2 * k * rank + 3 * k * _WIDTH) * 8 // itemsize)
 
 
-def svd_work(m: int, n: int, itemsize: int = 4) -> Work:
-    """Return what the thin SVD of an ``[m, n]`` matrix costs, and holds beside the matrix.
-
-    Operations: Golub and Van Loan, Matrix computations, table 8.6.1 (R-SVD with thin factors). Held: NumPy's copies in
-    float64, the factors twice, and LAPACK's workspace.
-    """
-    k = min(m, n)
-    held = (2 * m * n + 2 * k * (m + n) + 3 * k * k) * 8 // itemsize
-    return Work(6.0 * m * n * k + 20.0 * k**3, held, 1)
+def leading_work(m: int, n: int, rank: int, how: Decomposition, itemsize: int = 4) -> Work:
+    """Return what :func:`leading` costs, and holds beside the matrix."""
+    return together(spectrum_work(m, n, itemsize, rank=rank, how=how), triples_work(m, n, rank, itemsize))
 
 
 def together(*parts: Work, elements: int = 0) -> Work:
