@@ -27,18 +27,24 @@ Source = str | os.PathLike[str] | Checkpoint
 _SOURCES = (str, os.PathLike, Checkpoint)
 
 
-def open(reference: str | os.PathLike[str]) -> Checkpoint:
+def open(reference: str | os.PathLike[str], *, task: str | None = None, base: Source | None = None) -> Checkpoint:
     """Open a model, an adapter, or any file or folder of weights, reading headers only.
 
     Args:
         reference: a folder, a file, ``org/name`` on a model hub, an fsspec URL such as ``s3://…``, each with
-            ``@revision`` and ``+adapter`` where they apply.
+            ``@revision``, ``#task`` and ``+adapter`` where they apply.
+        task: one of the models of a bundle, where the reference does not name it.
+        base: the bundle's base, where the bundle keeps it by reference.
 
     Raises:
         CheckpointError: if there is nothing there that can be read as a checkpoint.
         UnsafeFileError: if a file asks for something that no file of weights should ask for.
     """
-    return open_checkpoint(reference)
+    if task is None and base is None:
+        return open_checkpoint(reference)
+    from weightsmith.bundle import open_task
+
+    return open_task(reference, task, base=base)
 
 
 def merge(
@@ -232,7 +238,7 @@ def save(checkpoint: Checkpoint, target: str | os.PathLike[str], **options: Any)
     Args:
         checkpoint: any checkpoint, lazy or opened; one of PyTorch pickles is converted by this.
         target: the folder to make, or a path ending in ``.safetensors``.
-        **options: see :meth:`weightsmith.plan.merged.LazyCheckpoint.save`.
+        **options: see :meth:`weightsmith.plan.output.Output.save`.
     """
     lazy = checkpoint if isinstance(checkpoint, LazyCheckpoint) else merge("passthrough", [checkpoint])
     return lazy.save(target, **options)

@@ -329,7 +329,7 @@ def test_what_an_earlier_run_copied_is_not_published_when_it_is_gone(inputs, out
     """The first run dies beside the weights; the file it had copied is not an input any more when it goes on."""
     path = inputs[0] / "generation_config.json"
     path.write_text("{}")
-    die = "import weightsmith.plan.merged as m\ndef stop(*_): os._exit(9)\nm.write_manifest = stop"
+    die = "import weightsmith.plan.output as m\ndef stop(*_): os._exit(9)\nm.write_manifest = stop"
     assert merge(inputs, out, before=die).returncode == 9
     assert (out.parent / ".out.weightsmith" / "content" / path.name).exists()
     path.unlink()

@@ -183,9 +183,9 @@ def test_an_input_that_is_cut_short_while_it_is_read_is_named(inputs, tmp_path):
 
 
 def test_an_output_never_replaces_an_input(inputs, tmp_path):
-    with pytest.raises(OutputError, match="is an input of this merge"):
+    with pytest.raises(OutputError, match="is an input; inputs are never replaced"):
         merge(inputs).save(inputs[0], overwrite=True)
-    with pytest.raises(OutputError, match="is an input of this merge"):
+    with pytest.raises(OutputError, match="is an input; inputs are never replaced"):
         merge(inputs).save(tmp_path, overwrite=True)
 
 

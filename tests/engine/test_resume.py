@@ -165,7 +165,7 @@ def test_inputs_whose_content_alone_changed_are_found_where_they_are_hashed(inpu
 
 def test_another_version_does_not_go_on(inputs, tmp_path, monkeypatch):
     interrupted(ties(inputs), tmp_path / "out", 3)
-    monkeypatch.setattr("weightsmith.plan.merged.__version__", "9.9.9")
+    monkeypatch.setattr("weightsmith.plan.output.__version__", "9.9.9")
     with pytest.raises(OutputError, match=r"its weightsmith version differ.*--restart"):
         ties(inputs).save(tmp_path / "out", shard_size=9000)
 

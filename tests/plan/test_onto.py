@@ -71,7 +71,7 @@ def test_a_run_whose_tensors_were_all_finished_by_an_earlier_one_leaves_the_same
         raise RuntimeError("killed before the manifest")
 
     with monkeypatch.context() as patch:
-        patch.setattr("weightsmith.plan.merged.describe", killed)
+        patch.setattr("weightsmith.plan.output.describe", killed)
         with pytest.raises(RuntimeError, match="killed"):
             merged.save(tmp_path / "late")
     summary = merged.save(tmp_path / "late")

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from weightsmith import __version__, dtypes
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
-from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
-from weightsmith.checkpoint.manifest import MANIFEST_KEY
-from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
+from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
-from weightsmith.engine.backend import NUMPY, Backend, choose_backend
-from weightsmith.engine.executor import OnNonfinite, Summary, check_space, execute, nonfinite_of
-from weightsmith.engine.journal import Journal
-from weightsmith.engine.memory import uncollected
-from weightsmith.engine.plan import Plan, Task
-from weightsmith.engine.progress import ProgressListener
-from weightsmith.engine.threads import default_threads
-from weightsmith.errors import CheckpointError, OutputError
-from weightsmith.plan.provenance import describe, files_of, hash_inputs, write_into_header, write_manifest
+from weightsmith.engine.plan import Plan
+from weightsmith.plan.output import Output
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge
 
@@ -49,13 +35,12 @@ class Beside:
     card: str | None = None
 
 
-class LazyCheckpoint(Checkpoint):
+class LazyCheckpoint(Output):
     """A checkpoint that can be saved: its tensors are computed as they are written.
 
     Attributes:
         recipe: the recipe that makes it.
         beside: what is written beside the weights.
-        warnings: what a person should know before saving it.
     """
 
     def __init__(
@@ -86,239 +71,45 @@ class LazyCheckpoint(Checkpoint):
             components: see :class:`Checkpoint`.
             resized: id of a tensor of an input that was made longer or shorter -> name of that input.
         """
-        identities = dict.fromkeys(identity for one in inputs for identity in one.identities)
-        super().__init__(name, tensors, companions, tuple(identities), components)
+        super().__init__(
+            name,
+            tensors,
+            inputs=inputs,
+            written=written,
+            companions=companions,
+            warnings=warnings,
+            components=components,
+        )
         self.recipe = recipe
         self.beside = beside
-        self.warnings = tuple(warnings)
-        self._written = written
-        self._inputs = tuple(inputs)
         self._resized = resized or {}
 
     def to_yaml(self) -> str:
         """Return the recipe that makes this checkpoint."""
         return to_yaml(self.recipe)
 
-    def plan(
-        self,
-        *,
-        shard_size: int = DEFAULT_SHARD_SIZE,
-        file: str | None = None,
-        arithmetic: str = NUMPY.name,
-        contents: Mapping[str, str] | None = None,
-    ) -> Plan:
-        """Lay the output out, without reading or writing any weight.
+    def parts(self) -> list[Part]:
+        """See :meth:`Output.parts`: the model, or a pipeline's components."""
+        if not self.components:
+            return [Part()]
+        return [
+            # diffusers names the weights of its own models so; those of transformers keep transformers' name.
+            Part(f"{component}/", "model" if self._is_transformers(component) else "diffusion_pytorch_model")
+            for component in self.components
+        ]
 
-        Args:
-            shard_size: most bytes of tensors in a file.
-            file: the name of a single ``.safetensors`` file to write, instead of shards.
-            arithmetic: what will compute it, as the output says it.
-            contents: hashes of the inputs, if the output is to name them.
-        """
-        with uncollected():
-            tasks = tuple(Task(name, self._written.get(name, tensor.dtype), tensor) for name, tensor in self.items())
-            recipe = self.to_yaml()
-            metadata = None
-            if file is not None:
-                # One file holds all there is to say of it in its header, where a place is kept for the hashes.
-                kept = describe(
-                    tasks,
-                    dict.fromkeys(self, file),
-                    arithmetic=arithmetic,
-                    recipe=recipe,
-                    shard_size=shard_size,
-                    inputs=self.identities,
-                    contents=contents or {},
-                )
-                metadata = {MANIFEST_KEY: kept.to_text()}
-            return Plan(
-                tasks,
-                lay_out(tasks, _parts(self), shard_size, file, metadata),
-                self.identities,
-                self._owners(),
-                recipe,
-                self.warnings,
-            )
+    def owners(self) -> dict[int, str]:
+        """See :meth:`Output.owners`."""
+        return dict(self._resized) | super().owners()
 
-    def save(
-        self,
-        target: str | os.PathLike[str],
-        *,
-        shard_size: int = DEFAULT_SHARD_SIZE,
-        threads: int | None = None,
-        memory: int | None = None,
-        device: str | None = None,
-        backend: str | None = None,
-        overwrite: bool = False,
-        restart: bool = False,
-        verify: bool = False,
-        on_nonfinite: OnNonfinite = "error",
-        progress: ProgressListener | None = None,
-    ) -> Summary:
-        """Compute the weights and write them, with everything that belongs beside them.
-
-        Args:
-            target: the folder to make, or a path that ends in ``.safetensors`` for one file of weights alone.
-            shard_size: most bytes of tensors in a file.
-            threads: how many threads to use; by default one per core.
-            memory: most bytes to hold; fewer threads are used where that takes it.
-            device: what to compute on: ``cpu``, the default, or a GPU: ``cuda``, ``cuda:1``.
-            backend: ``numpy`` or ``torch``; by default NumPy on a CPU, PyTorch on a GPU.
-            overwrite: whether a target that exists may be replaced.
-            restart: whether to discard what an unfinished run left, instead of going on from there.
-            verify: whether to read and hash all inputs first: the output then names the hashes, and an unfinished
-                run is only gone on with if they are still the same.
-            on_nonfinite: what to do about results that are NaN or infinite where the inputs are not: ``error`` to
-                stop, ``warn`` to go on and report them, ``ignore`` to go on.
-            progress: told of progress.
-
-        Raises:
-            DeviceError: if the device or backend is not there.
-            PlanError: if no thread could work within the memory.
-            OutputError: if the target exists, is an input, or cannot be written; or a result is not finite.
-            Interrupted: on Ctrl-C; the same call goes on from there.
-        """
-        started = time.monotonic()
-        path = resolve_target(Path(target))
-        single = path.suffix == ".safetensors"
-        chosen = choose_backend(device, backend)
-        settle(path)
-        check_target(path, overwrite=overwrite)
-        self._check_not_input(path)
-        count = threads or default_threads()
-        contents = hash_inputs(self.identities, count) if verify else {}
-        plan = self.plan(
-            shard_size=shard_size,
-            file=path.name if single else None,
-            arithmetic=chosen.name,
-            contents=contents,
-        )
-        if memory is not None:
-            count = plan.threads_within(memory, count)
-        with Staging(path, overwrite=overwrite, restart=restart) as staging:
-            with staging.writing():
-                check_space(plan, staging.content)
-                journal = Journal(staging.journal, _run_identity(plan, chosen, contents))
-                staging.keep({shard.path for shard in plan.layout.shards})
-            try:
-                outcome = execute(
-                    plan,
-                    staging.content,
-                    journal,
-                    threads=count,
-                    listener=progress,
-                    backend=chosen,
-                    on_nonfinite=on_nonfinite,
-                    memory=memory,
-                )
-                resumed = len(journal.finished)
-            finally:
-                journal.close()
-            self._check_unchanged()
-            manifest = describe(
-                plan.tasks,
-                files_of(plan.layout),
-                arithmetic=chosen.name,
-                recipe=plan.recipe,
-                shard_size=shard_size,
-                inputs=self.identities,
-                contents=contents,
-                outcome=outcome,
-            )
-            notes: list[str] = []
-            with staging.writing():
-                if single:
-                    write_into_header(plan, staging.content / path.name, manifest)
-                else:
-                    notes = self._write_beside(staging.content, plan)
-                    write_manifest(plan, staging.content, manifest)
-            staging.publish()
-        return Summary(
-            target=Path(os.path.abspath(target)),
-            tensors=len(plan.tasks),
-            resumed=resumed,
-            nbytes=plan.bytes_written,
-            seconds=time.monotonic() - started,
-            nonfinite=() if on_nonfinite == "ignore" else nonfinite_of(outcome.done),
-            warnings=tuple(dict.fromkeys((*plan.warnings, *notes))),
-        )
-
-    def _owners(self) -> dict[int, str]:
-        """Return the id of every tensor of the inputs, and of theirs where they are steps -> name of its checkpoint."""
-        known = dict(self._resized)
-        for one in self._inputs:
-            known |= {id(tensor): one.name for tensor in one.values()}
-            if isinstance(one, LazyCheckpoint):
-                known |= one._owners()
-        return known
-
-    def _write_beside(self, folder: Path, plan: Plan) -> list[str]:
-        """Write everything but the weights, and return what a person should know of it."""
-        for name, index in plan.layout.indexes.items():
-            (folder / name).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    def write_beside(self, folder: Path, plan: Plan) -> list[str]:
+        """See :meth:`Output.write_beside`."""
         notes = write_companions(folder, self.config, self.beside.files, chat_template=self.beside.chat_template)
         (folder / RECIPE_FILE).write_text(plan.recipe, "utf-8")
         if self.beside.card is not None:
             (folder / "README.md").write_text(self.beside.card, "utf-8")
         return notes
 
-    def _check_unchanged(self) -> None:
-        """Check that no input was changed while it was read: the result would be of both."""
-        for identity in self.identities:
-            if "://" in identity.path:
-                continue
-            try:
-                now = os.stat(identity.path)
-            except OSError:
-                # A file that is gone is read to its end by who has it open.
-                continue
-            if (now.st_size, now.st_mtime_ns) != (identity.size, identity.modified):
-                raise CheckpointError(
-                    f"{identity.path} was changed while it was read: the result would be of both states; leave it "
-                    "alone, and begin anew with --restart"
-                )
-
-    def _check_not_input(self, target: Path) -> None:
-        real = os.path.realpath(target)
-        for identity in self.identities:
-            if "://" in identity.path:
-                continue
-            source = os.path.realpath(identity.path)
-            if source == real or source.startswith(real + os.sep):
-                raise OutputError(
-                    f"{target} holds {identity.path}, which is an input of this merge; inputs are never "
-                    "replaced: choose another target"
-                )
-
-
-def _parts(checkpoint: Checkpoint) -> list[Part]:
-    if not checkpoint.components:
-        return [Part()]
-    return [
-        # diffusers names the weights of its own models so; those of transformers keep transformers' name.
-        Part(f"{component}/", "model" if _is_transformers(checkpoint, component) else "diffusion_pytorch_model")
-        for component in checkpoint.components
-    ]
-
-
-def _is_transformers(checkpoint: Checkpoint, component: str) -> bool:
-    file = checkpoint.companions.files.get(f"{component}/config.json")
-    if file is None:
-        return False
-    return "architectures" in json.loads(file.read_bytes())
-
-
-def _run_identity(plan: Plan, backend: Backend, contents: Mapping[str, str]) -> dict[str, Any]:
-    """What a journal must agree on for its tensors to be taken as done."""
-    laid_out = hashlib.blake2b(digest_size=16)
-    for task in plan.tasks:
-        place = plan.place(task)
-        laid_out.update(repr((task.name, dtypes.name_of(task.dtype), task.shape, place.shard, place.offset)).encode())
-    identity = {
-        "weightsmith version": __version__,
-        "recipe": plan.recipe,
-        "inputs": [asdict(identity) for identity in plan.identities],
-        "layout": laid_out.hexdigest(),
-        "arithmetic": backend.name,
-    }
-    return identity | ({"content of the inputs": dict(contents)} if contents else {})
+    def _is_transformers(self, component: str) -> bool:
+        file = self.companions.files.get(f"{component}/config.json")
+        return file is not None and "architectures" in json.loads(file.read_bytes())
