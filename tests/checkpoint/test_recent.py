@@ -73,3 +73,27 @@ def test_a_failure_is_not_kept():
     with pytest.raises(ZeroDivisionError):
         recent.get(one, lambda: 1 / 0)
     assert recent.get(one, lambda: (np.ones(2),))[0].sum() == 2
+
+
+def test_parts_of_one_owner_are_made_and_dropped_one_by_one():
+    made = []
+    recent, one = Recent(200), tensor()
+
+    def make(part):
+        made.append(part)
+        return (np.full(80, part, np.uint8),)
+
+    for part in (0, 1, 0, 2, 0, 1):
+        assert recent.get(one, partial(make, part), part)[0][0] == part
+    assert made == [0, 1, 2, 1]
+
+
+def test_what_is_put_in_place_of_what_was_made_is_what_is_kept():
+    recent, one = Recent(100), tensor()
+    recent.get(one, lambda: (np.zeros(80, np.uint8), np.ones(8, np.uint8)), "tile")
+    recent.keep(one, (np.zeros(0, np.uint8), np.ones(8, np.uint8)), "tile")
+    recent.get(one, lambda: (np.zeros(80, np.uint8),), "next")
+    assert [len(array) for array in recent.get(one, lambda: 1 / 0, "tile")] == [0, 8]
+    recent.keep(one, (), "tile")
+    with pytest.raises(ZeroDivisionError):
+        recent.get(one, lambda: 1 / 0, "tile")

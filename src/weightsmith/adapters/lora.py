@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,42 @@ _FLOAT64 = np.dtype(np.float64)
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?$")
 
 
-class FoldedTensor(Tensor):
-    """A base's tensor with an adapter's low-rank change added.
+class LowRankTensor(Tensor):
+    """A base's tensor with a product of two factors added.
 
-    The product of the factors is formed over tiles of rows that the shape alone decides, not the stretch asked for:
-    a matrix product sums in an order of its own for every number of rows. It is formed in float64, so that the order
-    that a machine's BLAS prefers is lost when the sum with the base is rounded to float32.
+    The product is formed over tiles of rows that the shape alone decides, not the stretch asked for: a matrix product
+    sums in an order of its own for every number of rows. It is formed in float64, so that the order that a machine's
+    BLAS prefers is lost when the sum with the base is rounded to float32.
+
+    Attributes:
+        base: the base's tensor.
+    """
+
+    base: Tensor
+
+    @abstractmethod
+    def factors(self) -> tuple[Array, Array]:
+        """Return matrices whose product, row by row, is the change: ``[rows, rank]`` and ``[rank, columns]``.
+
+        Both are float64.
+        """
+
+    def change(self, start: int, stop: int) -> Array:
+        """Return elements ``start`` to ``stop`` of the product: ``[n]``, float64."""
+        left, right = RECENT.get(self, self.factors)
+        rows, width = len(left), right.shape[1]
+        tile = max(_TILE // width, 1)
+        change = np.empty(stop - start)
+        for first in range(start // width // tile * tile, -(-stop // width), tile):
+            last = min(first + tile, rows)
+            begin, end = max(start, first * width), min(stop, last * width)
+            product = (left[first:last] @ right).reshape(-1)
+            change[begin - start : end - start] = product[begin - first * width : end - first * width]
+        return change
+
+
+class FoldedTensor(LowRankTensor):
+    """A base's tensor with an adapter's low-rank change added.
 
     Attributes:
         base: the base's tensor, ``[out, in]`` (or ``[in, out]`` where the layer is stored transposed; or a
@@ -66,22 +97,15 @@ class FoldedTensor(Tensor):
     def read_wide(self, start: int, stop: int) -> Array:
         """Return elements ``start`` to ``stop``, not in the base's dtype: ``[n]``, float32 (float64 if the base is)."""
         base = widen(self.base.read(start, stop), _FLOAT64)
-        return narrow(base + self._change(start, stop), dtypes.working_dtype([self.dtype]))
+        return narrow(base + self.change(start, stop), dtypes.working_dtype([self.dtype]))
 
-    def _change(self, start: int, stop: int) -> Array:
-        left, right = RECENT.get(self, self._factors)
-        rows, width = len(left), right.shape[1]
-        tile = max(_TILE // width, 1)
-        change = np.empty(stop - start)
-        for first in range(start // width // tile * tile, -(-stop // width), tile):
-            last = min(first + tile, rows)
-            begin, end = max(start, first * width), min(stop, last * width)
-            product = (left[first:last] @ right).reshape(-1)
-            change[begin - start : end - start] = product[begin - first * width : end - first * width]
-        return change
+    @property
+    def rank(self) -> int:
+        """The rank of the change, at most."""
+        return self._down.shape[0]
 
-    def _factors(self) -> tuple[Array, Array]:
-        """Return matrices whose product, row by row, is the change: ``[rows, rank]`` and ``[rank, columns]``."""
+    def factors(self) -> tuple[Array, Array]:
+        """See :meth:`LowRankTensor.factors`; the scale is in the first."""
         down = widen(self._down.read(0, self._down.size), _FLOAT64).reshape(self._down.shape[0], -1)
         up = widen(self._up.read(0, self._up.size), _FLOAT64).reshape(-1, self._up.shape[1])
         if self._transposed:

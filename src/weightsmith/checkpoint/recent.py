@@ -3,60 +3,93 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from itertools import count
 from weakref import WeakKeyDictionary
 
-from weightsmith.checkpoint.tensor import Array, Tensor
+from weightsmith.checkpoint.tensor import Array
 
 Made = tuple[Array, ...]
 
 
-class Recent:
-    """Keeps what was made for the tensors used last; for many threads at once.
+class _Entry:
+    """What was made for one part of an owner, and when it was used last."""
 
-    What was made last is kept whatever its size, so that a sweep over one tensor never makes it twice.
+    def __init__(self) -> None:
+        self.future: Future[Made] = Future()
+        self.used = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.future.result())
+
+
+class Recent:
+    """Keeps what was made for the owners used last; for many threads at once.
+
+    An owner is a tensor, or whatever several tensors are made from. What was made last is kept whatever its size, so
+    that a sweep over one tensor never makes it twice.
     """
 
     def __init__(self, limit: int) -> None:
         """Keep at most ``limit`` bytes."""
         self._limit = limit
         self._lock = threading.Lock()
-        # In the order of their last use. A tensor that is gone takes its arrays with it.
-        self._kept: WeakKeyDictionary[Tensor, Future[Made]] = WeakKeyDictionary()
+        self._uses = count()
+        # An owner that is gone takes its arrays with it.
+        self._kept: WeakKeyDictionary[object, dict[Hashable, _Entry]] = WeakKeyDictionary()
 
-    def get(self, tensor: Tensor, make: Callable[[], Made]) -> Made:
-        """Return the arrays of a tensor, made by ``make`` in one thread, while others that want them wait."""
+    def get(self, owner: object, make: Callable[[], Made], part: Hashable = None) -> Made:
+        """Return the arrays of an owner, made by ``make`` in one thread, while others that want them wait.
+
+        Args:
+            owner: what they are made for.
+            make: makes them.
+            part: which of the owner's arrays, where they are made a part at a time.
+        """
         with self._lock:
-            known = self._kept.pop(tensor, None)
-            future: Future[Made] = known or Future()
-            self._kept[tensor] = future
+            parts = self._kept.setdefault(owner, {})
+            known = parts.get(part)
+            entry = parts.setdefault(part, _Entry())
+            entry.used = next(self._uses)
         if known is None:
             try:
-                future.set_result(make())
+                entry.future.set_result(make())
             except BaseException as error:
                 with self._lock:
-                    del self._kept[tensor]
-                future.set_exception(error)
+                    del parts[part]
+                entry.future.set_exception(error)
             else:
-                self._forget(tensor)
-        return future.result()
+                self._forget(entry)
+        return entry.future.result()
 
-    def _forget(self, newest: Tensor) -> None:
+    def keep(self, owner: object, made: Made, part: Hashable = None) -> None:
+        """Keep other arrays for a part from now on; none if there are none."""
+        with self._lock:
+            parts = self._kept.get(owner, {})
+            entry = parts.pop(part, None)
+            if entry is not None and made:
+                parts[part] = _Entry()
+                parts[part].used = entry.used
+                parts[part].future.set_result(made)
+
+    def _forget(self, newest: _Entry) -> None:
         """Drop the arrays used longest ago until the rest keeps to the limit."""
         with self._lock:
-            sizes = {tensor: _nbytes(future) for tensor, future in self._kept.items() if future.done()}
-            total = sum(sizes.values())
-            for tensor, size in sizes.items():
+            entries = [
+                (entry.used, entry.nbytes, part, parts)
+                for parts in self._kept.values()
+                for part, entry in parts.items()
+                if entry.future.done()
+            ]
+            total = sum(nbytes for _, nbytes, _, _ in entries)
+            for used, nbytes, part, parts in sorted(entries, key=lambda entry: entry[0]):
                 if total <= self._limit:
                     break
-                if tensor is not newest:
-                    del self._kept[tensor]
-                    total -= size
-
-
-def _nbytes(future: Future[Made]) -> int:
-    return sum(array.nbytes for array in future.result())
+                if used != newest.used:
+                    del parts[part]
+                    total -= nbytes
 
 
 # One bound for the whole process.

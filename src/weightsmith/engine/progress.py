@@ -60,6 +60,7 @@ class _Counting:
     def start(self, total_bytes: int, total_tensors: int, done_bytes: int) -> None:
         """See :class:`ProgressListener`."""
         self.total, self.done, self.skipped, self.tensors = total_bytes, done_bytes, done_bytes, total_tensors
+        self.finished = 0
         self.started = time.monotonic()
 
     def advance(self, nbytes: int) -> None:
@@ -174,3 +175,5 @@ class Live(_Counting):
     def finish(self) -> None:
         """See :class:`ProgressListener`."""
         self._bar.stop()
+        # The next thing that a run does has a bar of its own.
+        self._bar.remove_task(self._task)

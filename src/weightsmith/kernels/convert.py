@@ -100,6 +100,6 @@ def _round_to_odd(values: Array) -> Array:
     bits = near.view(np.uint32).copy()
     inexact = (back != values) & np.isfinite(values)
     away = inexact & (np.abs(back) > np.abs(values))
-    bits[away] -= 1
-    bits[inexact] |= 1
+    bits -= away
+    bits |= inexact
     return bits.view(np.float32)
