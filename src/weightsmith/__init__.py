@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from weightsmith import bundle
     from weightsmith.api import average, diff, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.engine.arrays import merge_arrays
@@ -51,6 +52,9 @@ _HOMES = {
     "verify": "weightsmith.verification",
 }
 
+# Public names that are modules.
+_ROOMS = ("bundle",)
+
 __all__ = [
     "Block",
     "Checkpoint",
@@ -62,6 +66,7 @@ __all__ = [
     "WeightsmithError",
     "__version__",
     "average",
+    "bundle",
     "diff",
     "load_recipe",
     "merge",
@@ -77,6 +82,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"weightsmith.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")

@@ -123,7 +123,7 @@ def reproduce(
     Args:
         path: a folder or a ``.safetensors`` file that weightsmith wrote.
         threads: how many threads to use; by default one per core.
-        device: what to compute on; see :meth:`weightsmith.plan.merged.LazyCheckpoint.save`.
+        device: what to compute on; see :meth:`weightsmith.plan.output.Output.save`.
         backend: ``numpy`` or ``torch``.
         progress: told of progress.
 
@@ -133,6 +133,7 @@ def reproduce(
         PlanError: if the recipe cannot be run any more.
     """
     from weightsmith.api import merge_recipe
+    from weightsmith.bundle.create import is_recipe, remake
     from weightsmith.engine.backend import choose_backend
     from weightsmith.engine.executor import recompute
     from weightsmith.plan.provenance import hash_inputs
@@ -141,7 +142,7 @@ def reproduce(
     manifest = manifest_of(root)
     count = threads or default_threads()
     chosen = choose_backend(device, backend)
-    merged = merge_recipe(manifest.recipe)
+    merged = remake(manifest.recipe, threads=count) if is_recipe(manifest.recipe) else merge_recipe(manifest.recipe)
     contents = hash_inputs(merged.identities, count) if manifest.contents else {}
     plan = merged.plan(shard_size=manifest.shard_size, file=None if root.is_dir() else root.name)
     problems = [*_changed_inputs(manifest, plan, contents), *_changed_tensors(manifest, plan)]

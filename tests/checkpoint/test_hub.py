@@ -25,6 +25,10 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
         ),
         (["model_index.json", "unet/a.safetensors", "unet/a.fp16.safetensors"], ["unet/a.safetensors"]),
         (["model_index.json", "unet/a.fp16.safetensors"], ["unet/a.fp16.safetensors"]),
+        (
+            ["weightsmith-bundle.json", "base/model.safetensors", "tasks/a/model.safetensors", "files/run.py"],
+            ["base/model.safetensors", "tasks/a/model.safetensors"],
+        ),
     ],
 )
 def test_one_copy_of_the_weights_is_fetched(names, expected):
@@ -70,3 +74,24 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 def test_a_cache_without_all_weights_is_not_enough(cached, names, expected):
     """As an interrupted download leaves it: the rest is fetched instead of missed."""
     assert cached(*names) == expected
+
+
+def test_a_bundle_in_the_cache_is_enough_when_all_its_parts_are_there(write_model, tmp_path, monkeypatch):
+    import shutil
+
+    import weightsmith as ws
+    from conftest import llama_tensors
+
+    models = [write_model(name, llama_tensors(i)) for i, name in enumerate(("base", "one", "two"))]
+    ws.bundle.create(tmp_path / "out", models[1:], base=models[0], kind="emr")
+    fetch = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda m, **o: fetch(m, cache_dir=tmp_path / "hub", **o))
+    repository = tmp_path / "hub" / "models--org--m"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(tmp_path / "out", snapshot)
+    found = ws.open("org/m@main#two")
+    assert list(found) == list(ws.open(models[2]))
+    (snapshot / "tasks" / "one" / "model.safetensors").unlink()
+    assert hub._in_cache("org/m", None) is None

@@ -16,6 +16,12 @@ from weightsmith.errors import RecipeError
         ("org/a+org/lora", Reference("org/a", None, Reference("org/lora"))),
         ("org/a@v1+org/lora@v2", Reference("org/a", "v1", Reference("org/lora", "v2"))),
         ("s3://bucket/a@b", Reference("s3://bucket/a@b")),
+        ("bundles/a#maths", Reference("bundles/a", task="maths")),
+        ("org/a@v1#maths", Reference("org/a", "v1", task="maths")),
+        ("s3://bucket/a#maths", Reference("s3://bucket/a", task="maths")),
+        ("s3://bucket/a#1/model", Reference("s3://bucket/a#1/model")),
+        ("org/base@v2+bundles/a#maths", Reference("org/base", "v2", Reference("bundles/a", task="maths"))),
+        ("bundles/a#maths+lora", Reference("bundles/a", None, Reference("lora"), "maths")),
     ],
 )
 def test_a_reference_is_read_and_written(text, expected):
@@ -24,10 +30,14 @@ def test_a_reference_is_read_and_written(text, expected):
 
 
 def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
-    for name in ("a+b", "a@b", "a@b@c"):
+    for name in ("a+b", "a@b", "a@b@c", "a#b"):
         (tmp_path / name).mkdir()
         assert parse_reference(tmp_path / name) == Reference(str(tmp_path / name))
     assert parse_reference(f"{tmp_path}/a+b+lora") == Reference(f"{tmp_path}/a+b", None, Reference("lora"))
+    assert parse_reference(f"{tmp_path}/a#b#one") == Reference(f"{tmp_path}/a#b", task="one")
+    (tmp_path / "c+d").mkdir()
+    assert parse_reference(f"{tmp_path}/c+d#one") == Reference(f"{tmp_path}/c+d", task="one")
+    assert parse_reference(f"{tmp_path}/c+d#one+lora") == Reference(f"{tmp_path}/c+d", None, Reference("lora"), "one")
 
 
 def test_the_short_name_does_not_depend_on_the_folder(tmp_path, monkeypatch):
@@ -36,9 +46,10 @@ def test_the_short_name_does_not_depend_on_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "maths")
     assert parse_reference(".").short_name == "maths"
     assert parse_reference("org/a@v1+x/lora").short_name == "a@v1+lora"
+    assert parse_reference("org/a@v1#maths").short_name == "a@v1#maths"
 
 
-@pytest.mark.parametrize("text", ["", " ", "a+", "+a", "a@", "@a", "a@b@c", "a+b+c"])
+@pytest.mark.parametrize("text", ["", " ", "a+", "+a", "a@", "@a", "a@b@c", "a+b+c", "a#", "#a", "a#b#c"])
 def test_what_cannot_be_meant_is_refused(text):
     with pytest.raises(RecipeError):
         parse_reference(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.folder import open_weights
@@ -18,22 +19,42 @@ def open_checkpoint(reference: str | os.PathLike[str] | Reference) -> Checkpoint
     """Open a model by its reference, reading headers only.
 
     Args:
-        reference: a folder, a file, a hub id or a URL, with ``@revision`` and ``+adapter`` where they apply.
+        reference: a folder, a file, a hub id or a URL, with ``@revision``, ``#task`` and ``+adapter`` where they apply.
 
     Raises:
         CheckpointError: if there is nothing there that can be read as a checkpoint.
         UnsafeFileError: if a file asks for something that no file of weights should ask for.
     """
     parsed = reference if isinstance(reference, Reference) else parse_reference(reference)
-    model = open_weights(_locate(parsed), str(Reference(parsed.path, parsed.revision)))
+    model = _open_one(replace(parsed, adapter=None))
     if parsed.adapter is None:
         return model
+    if parsed.adapter.task is not None:
+        return _open_task(parsed.adapter, base=model)
     from weightsmith.adapters.lora import fold
 
     return fold(model, open_checkpoint(parsed.adapter), name=str(parsed))
 
 
-def _locate(reference: Reference) -> str:
+def _open_one(reference: Reference) -> Checkpoint:
+    if reference.task is not None:
+        return _open_task(reference)
+    return open_weights(locate(reference), str(reference))
+
+
+def _open_task(reference: Reference, base: Checkpoint | None = None) -> Checkpoint:
+    from weightsmith.bundle.bundle import Bundle
+
+    bundle = Bundle(locate(reference), str(replace(reference, task=None)), base=base)
+    return bundle.task(reference.task or "")
+
+
+def locate(reference: Reference) -> str:
+    """Return the folder, file or URL of a model, fetched from the hub where it is there.
+
+    Raises:
+        CheckpointError: if the hub does not give it, or it has a revision and is not on the hub.
+    """
     path = os.path.expanduser(reference.path)
     if is_url(path) or os.path.exists(path) or not is_hub_id(path):
         if reference.revision is not None:

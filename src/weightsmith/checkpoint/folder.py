@@ -30,6 +30,8 @@ from weightsmith.checkpoint.storage import (
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
+# By this file a folder is a bundle of several models; see weightsmith.bundle.
+BUNDLE_FILE = "weightsmith-bundle.json"
 # Files of a training run that hold no model.
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|random_states.*)\.[a-z]+$"
@@ -49,6 +51,7 @@ _NOT_COMPANIONS = {
     "training_args.json",
     "all_results.json",
     MANIFEST_FILE,
+    BUNDLE_FILE,
 }
 _TEMPLATES = "additional_chat_templates"
 _LARGEST_INDEX = 64_000_000
@@ -71,9 +74,14 @@ def open_weights(path: str, name: str) -> Checkpoint:
     entries = list_folder(path)
     if not entries:
         return _open_file(path, name)
+    if BUNDLE_FILE in entries:
+        raise CheckpointError(
+            f"{path} is a bundle of several models: name one of them, as {path}#TASK; 'weightsmith bundle inspect "
+            f"{path}' lists them"
+        )
     if "model_index.json" in entries:
         return _open_pipeline(path, name, entries)
-    tensors, identities = _read_folder(path, entries)
+    tensors, identities = read_folder(path, entries)
     adapter = "adapter_config.json" in entries and not _has_model(entries)
     return Checkpoint(name, tensors, _companions(path, entries, adapter=adapter), tuple(identities), is_adapter=adapter)
 
@@ -106,7 +114,7 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
         own = _companions(folder, inner, with_config=True)
         files |= {f"{entry}/{key}": file for key, file in own.files.items()}
         if any(is_weights(file) for file in inner):
-            found, facts = _read_folder(folder, inner)
+            found, facts = read_folder(folder, inner)
             tensors |= {f"{entry}/{key}": tensor for key, tensor in found.items()}
             identities += facts
             components.append(entry)
@@ -115,8 +123,20 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
     return Checkpoint(name, tensors, Companions({}, files), tuple(identities), tuple(components))
 
 
-def _read_folder(path: str, entries: list[str]) -> Found:
-    """Read the headers of a folder's weights; safetensors are preferred to pickles of the same model."""
+def read_folder(path: str, entries: list[str]) -> Found:
+    """Read the headers of a folder's weights; safetensors are preferred to pickles of the same model.
+
+    Args:
+        path: the folder, here or behind a URL.
+        entries: what is in it.
+
+    Returns:
+        Its tensors in natural order, and what their files were.
+
+    Raises:
+        CheckpointError: if it holds no weights, or they cannot be read.
+        UnsafeFileError: if an index or a link leads out of it.
+    """
     for ending in ("safetensors", "bin"):
         candidates = _first_copies([e for e in entries if f".{ending}" in e])
         indexes = [e for e in candidates if _WEIGHT_INDEX.search(e)]
@@ -142,6 +162,16 @@ def _read_folder(path: str, entries: list[str]) -> Found:
 def is_weights(entry: str) -> bool:
     """Whether a file's name is that of weights, rather than of a training run's state."""
     return entry.endswith(WEIGHT_FILES) and not _NOT_WEIGHTS.match(entry)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file's name is that of one that travels beside a model's weights and its config."""
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == _TEMPLATES and file.endswith(".jinja") and is_file_name(file)
+    if not is_file_name(name) or name in _NOT_COMPANIONS:
+        return False
+    return _COMPANION.match(name) is not None and _WEIGHT_INDEX.search(name) is None
 
 
 def one_copy(entries: list[str]) -> list[str]:
@@ -225,15 +255,14 @@ def _companions(path: str, entries: list[str], *, adapter: bool = False, with_co
     # A component's config is carried as it is, but what reads it on the way need not expect nonsense.
     config: Mapping[str, Any] = _read_json(path, name, _LARGEST_CONFIG) if name in entries else {}
     files: dict[str, Path] = {}
-    local = _local_copies(path)
+    local = local_copies(path)
     for entry in entries:
-        skip = entry in _NOT_COMPANIONS and not (with_config and entry == "config.json")
-        if not skip and _COMPANION.match(entry) and not _WEIGHT_INDEX.search(entry):
+        if is_companion(entry) or (with_config and entry == "config.json"):
             _carry(files, path, entry, entry, local)
     if _TEMPLATES in entries:
         check_inside(path, _TEMPLATES)
         folder = join(path, _TEMPLATES)
-        local = _local_copies(folder)
+        local = local_copies(folder)
         for entry in list_folder(folder):
             if entry.endswith(".jinja"):
                 _carry(files, folder, entry, f"{_TEMPLATES}/{entry}", local)
@@ -247,8 +276,8 @@ def _carry(files: dict[str, Path], folder: str, entry: str, name: str, local: Ca
         files[name] = file
 
 
-def _local_copies(path: str) -> Callable[[str], Path]:
-    """Return a function from a companion's name to a file on this machine, fetched where it is remote."""
+def local_copies(path: str) -> Callable[[str], Path]:
+    """Return a function from a companion's path in a folder to a file on this machine, fetched where it is remote."""
     if not is_url(path):
         return lambda entry: Path(path).absolute() / entry
     folder = Path(tempfile.mkdtemp(prefix="weightsmith-"))
@@ -257,6 +286,7 @@ def _local_copies(path: str) -> Callable[[str], Path]:
     def fetch(entry: str) -> Path:
         source = open_source(join(path, entry))
         if source.size <= _LARGEST_COMPANION:
+            (folder / entry).parent.mkdir(parents=True, exist_ok=True)
             (folder / entry).write_bytes(source.read(0, source.size))
         return folder / entry
 

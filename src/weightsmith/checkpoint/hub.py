@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from weightsmith.checkpoint.folder import is_weights, one_copy
+from weightsmith.checkpoint.folder import BUNDLE_FILE, is_weights, one_copy
+from weightsmith.checkpoint.manifest import manifest_of
 from weightsmith.checkpoint.storage import WEIGHT_FILES
 from weightsmith.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
 _TEXTS = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.spm", "*.vocab", "*.bpe", "*.codes"]
 _TEXTS += ["LICENSE*", "NOTICE*"]
+# A bundle keeps the files of its models in a folder, their names after a hash.
+_TEXTS += ["files/*-LICENSE*", "files/*-NOTICE*"]
 _PIPELINE = "model_index.json"
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 
@@ -55,7 +58,9 @@ def resolve(model: str, revision: str | None) -> str:
 
 
 def _weights(names: list[str]) -> list[str]:
-    """Choose the weights to fetch of a repository's files: those at its top, or those of a pipeline's components."""
+    """Choose the weights to fetch of a repository's files: at its top, in a pipeline's components, or of a bundle."""
+    if BUNDLE_FILE in names:
+        return [name for name in names if name.endswith(".safetensors")]
     depth = 1 if _PIPELINE in names else 0
     folders: dict[str, list[str]] = {}
     for name in names:
@@ -81,11 +86,22 @@ def _in_cache(model: str, revision: str | None) -> str | None:
     except LocalEntryNotFoundError:
         return None
     folder = Path(found)
+    if (folder / BUNDLE_FILE).exists():
+        return str(folder) if _has_all_parts(folder) else None
     parts = [folder]
     if (folder / _PIPELINE).exists():
         # Components without weights, such as schedulers, name their configs otherwise.
         parts = [path.parent for path in folder.glob("*/config.json")]
     return str(folder) if parts and all(map(_has_all_shards, parts)) else None
+
+
+def _has_all_parts(folder: Path) -> bool:
+    """Whether a bundle's folder holds all weights that its manifest names."""
+    try:
+        entries = manifest_of(folder).tensors.values()
+    except CheckpointError:
+        return False
+    return all((folder / file).exists() for file in {entry.file for entry in entries})
 
 
 def _has_all_shards(folder: Path) -> bool:

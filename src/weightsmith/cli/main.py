@@ -22,6 +22,7 @@ _VERBS = {
     "plan": "Show what a merge would read, compute and write.",
     "inspect": "Show what is in a model: tensors, layers, sizes.",
     "diff": "Compare two models, tensor by tensor.",
+    "bundle": "Keep several fine-tunes of one base in one small folder.",
     "verify": "Check that a merged model is still what was written.",
     "reproduce": "Run the recipe of a merged model again, and compare.",
     "methods": "List the merge methods, or explain one.",

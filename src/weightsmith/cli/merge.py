@@ -100,7 +100,7 @@ def command(
         show_plan(plan, threads=threads, memory=memory, as_json=False, tensors=False)
         return
     if not quiet:
-        _warn(merged.warnings, json_log)
+        warn(merged.warnings, json_log)
     summary = merged.save(
         paths[-1],
         shard_size=shard_size,
@@ -115,8 +115,8 @@ def command(
         progress=listener_for(quiet=quiet, json_log=json_log),
     )
     if not quiet:
-        _warn([warning for warning in summary.warnings if warning not in merged.warnings], json_log)
-        _report(summary, json_log)
+        warn([warning for warning in summary.warnings if warning not in merged.warnings], json_log)
+        report(summary, json_log)
 
 
 def listener_for(*, quiet: bool, json_log: bool) -> ProgressListener:
@@ -130,12 +130,14 @@ def listener_for(*, quiet: bool, json_log: bool) -> ProgressListener:
     return progress.Live() if sys.stderr.isatty() else progress.Lines()
 
 
-def _warn(warnings: Iterable[str], json_log: bool) -> None:
+def warn(warnings: Iterable[str], json_log: bool) -> None:
+    """Print warnings."""
     for warning in warnings:
         _say(json_log, event="warning", text=f"warning: {warning}")
 
 
-def _report(summary: Summary, json_log: bool) -> None:
+def report(summary: Summary, json_log: bool) -> None:
+    """Print what a run did."""
     for entry in summary.nonfinite:
         where = "in the result" if entry.where == "result" else f"in {entry.where}"
         text = f"warning: {entry.tensor}: {entry.count} values {where} are NaN or infinite"

@@ -17,7 +17,7 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options by which a merge is described without a file, and those that change a file's recipe."""
-    options = [
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option("--method", metavar="NAME", help="Merge by this method, without a recipe file."),
         click.option("--base", metavar="MODEL", help="The base."),
         click.option("--model", "models", metavar="MODEL", multiple=True, help="A model; may be repeated."),
@@ -27,14 +27,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Go on with a merge: its result is the first model, and method, base and parameters are its own where "
             "they are not given.",
         ),
-        click.option(
-            "-p",
-            "--param",
-            "parameters",
-            metavar="NAME=VALUE",
-            multiple=True,
-            help="A parameter of the method; for one value per model, a list: weight=[0.3,0.7].",
-        ),
+        parameter_option("A parameter of the method; for one value per model, a list: weight=[0.3,0.7]."),
         click.option(
             "--rule",
             "rules",
@@ -68,6 +61,16 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def parameter_option(about: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the option by which a method or kind gets its parameters."""
+    return click.option("-p", "--param", "parameters", metavar="NAME=VALUE", multiple=True, help=about)
+
+
+def parameters_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Read parameters: NAME=VALUE each, the value as in YAML."""
+    return dict(_pair(text, "-p") for text in texts)
 
 
 class Bytes(click.ParamType[int]):
@@ -145,7 +148,7 @@ def read_recipe(
         raise click.UsageError(f"{'--onto' if onto else '--method'} needs at least one --model")
     from weightsmith.api import build_recipe
 
-    given = dict(_pair(text, "-p") for text in parameters)
+    given = parameters_of(parameters)
     if base_fisher is not None:
         changes["base_fisher"] = base_fisher
     importances = _fishers(fishers, models)

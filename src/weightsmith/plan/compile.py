@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from weightsmith import dtypes
@@ -106,7 +107,10 @@ def _opener(find: Callable[[str], Checkpoint]) -> Callable[[str], Model]:
             label = parse_reference(reference).short_name
             used[label] = used.get(label, 0) + 1
             if used[label] > 1:
-                label = f"{label}#{used[label]}"
+                # One of a bundle's models may be named so already.
+                numbers = (f"{label}#{number}" for number in count(used[label]))
+                label = next(name for name in numbers if name not in used)
+                used[label] = 1
             models[reference] = Model(reference, label, find(reference))
         return models[reference]
 
