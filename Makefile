@@ -41,7 +41,7 @@ docs: $(VENV)/.dev
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
 
-# Eleven million inputs, half an hour to an hour on one core. One target alone: python fuzz/run.py recipe --executions 500000
+# Twelve million inputs, half an hour to an hour on one core. One target alone: python fuzz/run.py recipe --executions 500000
 fuzz: $(VENV)/.core
 	$(BIN)/pip install --quiet atheris
 	$(BIN)/python fuzz/run.py safetensors --executions 5000000
@@ -49,6 +49,7 @@ fuzz: $(VENV)/.core
 	$(BIN)/python fuzz/run.py companions --executions 1500000
 	$(BIN)/python fuzz/run.py torch --executions 1500000
 	$(BIN)/python fuzz/run.py index --executions 1200000
+	$(BIN)/python fuzz/run.py bundle --executions 700000
 	$(BIN)/python fuzz/run.py recipe --executions 500000
 
 clean:

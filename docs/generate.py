@@ -6,14 +6,18 @@ python docs/generate.py --check   # exit 1 if a page is not what the code says
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from weightsmith.bundle.kind import kinds
 from weightsmith.cli.main import cli
 from weightsmith.methods.registry import all_methods
 from weightsmith.recipe.json_schema import json_schema
@@ -119,16 +123,52 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
 
 
+def bundles_page() -> str:
+    """Return the reference of kinds of bundles, from their own documentation."""
+    lines = [
+        "# Kinds of bundles",
+        "",
+        "What each kind says of itself. Parameters are given as `-p NAME=VALUE`, or in Python by name. How bundles are "
+        "made and used: [Bundles](../guide/bundles.md).",
+        "",
+        "| kind | |",
+        "|---|---|",
+    ]
+    lines += [f"| [{name}](#{name}) | {kind.summary} |" for name, kind in kinds().items()]
+    for name, kind in kinds().items():
+        text = inspect.cleandoc(kind.__doc__ or "").replace("``", "`")
+        about, _, described = text.partition("\nAttributes:\n")
+        lines += ["", f"## {name}", "", about.strip()]
+        if described:
+            lines += ["", "| parameter | default | meaning |", "|---|---|---|"]
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        for parameter, meaning in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", described, re.MULTILINE):
+            default = "none" if defaults[parameter] is None else str(defaults[parameter]).lower()
+            lines.append(f"| `{parameter.rstrip('_')}` | `{default}` | {' '.join(meaning.split())} |")
+    return "\n".join(lines) + "\n"
+
+
 def cli_page() -> str:
     """Return the command reference, from the commands' own help."""
     context = click.Context(cli, info_name="weightsmith", terminal_width=90, max_content_width=90)
     lines = ["# Command line", "", "```text", cli.get_help(context), "```"]
-    for name in cli.list_commands(context):
-        command = cli.get_command(context, name)
+    for name, inner in _commands(cli, context):
+        lines += ["", f"## {name}", "", "```text", inner.command.get_help(inner), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _commands(group: click.Group, context: click.Context, before: str = "") -> Iterator[tuple[str, click.Context]]:
+    """Yield the name and context of every command, those within commands included."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         if command is not None:
             inner = click.Context(command, info_name=name, parent=context, max_content_width=90, terminal_width=90)
-            lines += ["", f"## {name}", "", "```text", command.get_help(inner), "```"]
-    return "\n".join(lines) + "\n"
+            yield f"{before}{name}", inner
+            if isinstance(command, click.Group):
+                yield from _commands(command, inner, f"{before}{name} ")
+
+
+PAGE_MAKERS = (("recipe", recipe_page), ("methods", methods_page), ("bundles", bundles_page), ("cli", cli_page))
 
 
 def main() -> None:
@@ -136,7 +176,7 @@ def main() -> None:
     check = "--check" in sys.argv[1:]
     PAGES.mkdir(exist_ok=True)
     stale = []
-    for name, page in (("recipe", recipe_page), ("methods", methods_page), ("cli", cli_page)):
+    for name, page in PAGE_MAKERS:
         path = PAGES / f"{name}.md"
         text = NOTE + page()
         if not path.exists() or path.read_text("utf-8") != text:
