@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsmith.cli.merge import listener_for, report, warn
-from weightsmith.cli.recipes import parameter_option, parameters_of, shard_option
+from weightsmith.cli.recipes import parameter_option, parameters_of, writing_options
 from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
@@ -44,13 +44,8 @@ def command() -> None:
     "--base-by-reference", is_flag=True, help="Leave the base where it is, and know it again by hashes of its tensors."
 )
 @click.option("--dtype", help="The dtype in which changes are kept as floats; by default that of the models.")
-@shard_option
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew.")
+@writing_options
 @click.option("--verify", is_flag=True, help="Hash all inputs first, and note the hashes in OUT.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--json-log", is_flag=True, help="Report progress as one JSON object per line on stderr.")
 def create(
     target: str,
     models: tuple[str, ...],
@@ -131,12 +126,7 @@ def inspect(bundle: str, as_json: bool) -> None:
 @click.argument("target", metavar="OUT")
 @click.option("--task", required=True, help="Which model.")
 @click.option("--base", metavar="MODEL", help="The base, where the bundle keeps it by reference.")
-@shard_option
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--json-log", is_flag=True, help="Report progress as one JSON object per line on stderr.")
+@writing_options
 def open_(bundle: str, target: str, task: str, base: str | None, quiet: bool, json_log: bool, **options: Any) -> None:
     """Restore one model of BUNDLE: write it to the folder OUT, with its config and tokenizer."""
     from weightsmith.api import open as open_model

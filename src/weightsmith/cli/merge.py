@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from weightsmith.cli.plan import show_plan
-from weightsmith.cli.recipes import memory_option, read_recipe, recipe_options, shard_option
+from weightsmith.cli.recipes import memory_option, read_recipe, recipe_options, writing_options
 from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
@@ -33,12 +33,9 @@ def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("merge")
 @click.argument("paths", nargs=-1, metavar="[RECIPE] OUT")
 @recipe_options
-@shard_option
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core.")
+@writing_options
 @memory_option
 @backend_options
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew.")
 @click.option("--verify", is_flag=True, help="Hash all inputs first, and note the hashes in OUT.")
 @click.option(
     "--on-nonfinite",
@@ -49,8 +46,6 @@ def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop, as 'weightsmith plan' does.")
 @click.option("--print-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--json-log", is_flag=True, help="Report progress as one JSON object per line on stderr.")
 def command(
     paths: tuple[str, ...],
     shard_size: int,

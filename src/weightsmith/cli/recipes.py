@@ -100,6 +100,21 @@ def shard_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def writing_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of all commands that write a model or bundle: shards, threads, an existing target, progress."""
+    options = [
+        shard_option,
+        click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole."),
+        click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew."),
+        click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+        click.option("--json-log", is_flag=True, help="Report progress as one JSON object per line on stderr."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def memory_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the option of the memory's bound."""
     return click.option(
