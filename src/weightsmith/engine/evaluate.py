@@ -257,9 +257,8 @@ class Evaluator:
         if offset is None:
             offset = tensor.group.offset_of(tensor)
 
-        def draw(model: int) -> Values:
-            key = philox.key_of(tensor.seed, tensor.name, tensor.labels[model])
-            return self.backend.uniform(key, start, stop).reshape(shape)
+        def drawn(model: int, start: int = start, stop: int = stop) -> Values:
+            return self.backend.uniform(philox.key_of(tensor.seed, tensor.name, tensor.labels[model]), start, stop)
 
         fishers = [
             None if one is None else self._values(one, start, stop, tensor.working).reshape(shape)
@@ -268,21 +267,23 @@ class Evaluator:
         base_fisher = fishers.pop(0) if fishers and tensor.base is not None else None
         others: dict[str, Any] = {
             "start": offset + start,
-            "draw": draw,
             "role": tensor.form.role,
             "fishers": tuple(fishers),
             "base_fisher": base_fisher,
         }
         if tensor.reads == "tensor":
-            return self._whole_block(tensor, others)
+            return self._whole_block(tensor, drawn, others)
 
         def stretch(part: Tensor) -> Values:
             return self._stretch(tensor, part, start, stop).reshape(shape)
 
         base = None if tensor.base is None else stretch(tensor.base)
-        return Block(base=base, models=tuple(stretch(model) for model in tensor.models), **others)
+        models = tuple(stretch(model) for model in tensor.models)
+        return Block(base=base, models=models, draw=lambda model: drawn(model).reshape(shape), **others)
 
-    def _whole_block(self, tensor: Computed, others: dict[str, Any]) -> WholeBlock:
+    def _whole_block(
+        self, tensor: Computed, drawn: Callable[[int, int, int], Values], others: dict[str, Any]
+    ) -> WholeBlock:
         from array_api_compat import array_namespace
 
         def whole(stretch: Callable[[int, int], Values]) -> Values:
@@ -306,10 +307,12 @@ class Evaluator:
                 lambda start, stop: self._stretch(tensor, part, start, stop) - self._stretch(tensor, base, start, stop)
             )
 
+        def draw(model: int) -> Values:
+            return whole(lambda start, stop: drawn(model, start, stop))
+
         xp = array_namespace(self.backend.empty(0, tensor.working))
-        return WholeBlock(
-            tensor.shape, xp, read, subtract, len(tensor.models), has_base=tensor.base is not None, **others
-        )
+        count, has_base = len(tensor.models), tensor.base is not None
+        return WholeBlock(tensor.shape, xp, read, subtract, count, has_base=has_base, draw=draw, **others)
 
     def _stretch(self, tensor: Computed, part: Tensor, start: int, stop: int) -> Values:
         """Read a stretch of an input as a tensor's method is given it: ``[n]``."""

@@ -31,6 +31,8 @@ HowDecomposed = Annotated[
 OVERSAMPLING, POWER_PASSES = 10, 2
 # Columns that are held in float64 at a time. Sums depend on it in their last digits, so it is part of a result.
 _WIDTH = 1024
+# Random numbers that are drawn at a time.
+_DRAWN = 1 << 20
 # Singular values up to this share of the largest are what rounding leaves of zero: 16 units of float32 where the
 # decompositions leave a quarter (and ones in float32, those of other tools, eight), and 500 units of float64 where
 # they leave six at a length of 2048.
@@ -450,9 +452,13 @@ def _signs(xp: Any, like: Array, shape: tuple[int, int]) -> Array:
 
     from weightsmith.kernels import philox
 
-    drawn = philox.uniform((0, 0), 0, shape[0] * shape[1]).reshape(shape)
-    signs = np.where(drawn < 0.5, np.float32(-1), np.float32(1))
-    return xp.astype(xp.asarray(signs, device=_device(like)), like.dtype)
+    size = shape[0] * shape[1]
+    signs = np.empty(size, np.float32)
+    # The generator takes ten times the room of its numbers.
+    for start in range(0, size, _DRAWN):
+        stop = min(start + _DRAWN, size)
+        signs[start:stop] = np.where(philox.uniform((0, 0), start, stop) < 0.5, np.float32(-1), np.float32(1))
+    return xp.astype(xp.asarray(signs.reshape(shape), device=_device(like)), like.dtype)
 
 
 def _nans(xp: Any, like: Array, shape: tuple[int, ...]) -> Array:
