@@ -20,7 +20,7 @@ from weightsmith.methods.deltas import (
     kept_of,
     largest_share,
 )
-from weightsmith.methods.matrices import joint_basis, joint_basis_work, sides, times, together
+from weightsmith.methods.matrices import empty, joint_basis, joint_basis_work, sides, times, together
 from weightsmith.methods.registry import Param, PerModel, method
 from weightsmith.methods.statistics import Cut, boundaries
 from weightsmith.methods.task_matrices import (
@@ -93,9 +93,9 @@ class _Aligned:
         return self.turned(self._block.deltas[model])
 
     def stretches(self) -> Iterator[slice]:
-        """Yield the columns that are worked on at a time: of all models together, those of two or so whole matrices.
+        """Yield the columns that are worked on at a time: of all models together, no more than two matrices have.
 
-        Products differ in their last digits with the columns they are taken over, so they are the same everywhere.
+        Products differ in their last digits with the columns that they are taken over: so these are always the same.
         """
         width = -(-self.columns // -(-len(self._models) // 2))
         for start in range(0, self.columns, width):
@@ -121,18 +121,12 @@ class _Aligned:
             merge: is given a function from a model to its coordinates in some columns, and these columns.
         """
         xp = self._block.xp
-        result = xp.empty(sides(self._block.shape), dtype=self._basis.dtype, device=_device(self._basis))
+        result = empty(xp, sides(self._block.shape), self._basis)
         target = self.turned(result)
         for columns in self.stretches():
             found = merge(partial(self._in, columns), columns)
             target[:, columns] = self._basis @ (found if self._scale is None else self._scale * found)
         return result
-
-
-def _device(array: Array) -> Any:
-    from array_api_compat import device
-
-    return device(array)
 
 
 def _threshold(xp: Any, aligned: _Aligned, model: int, share: float) -> float:

@@ -179,7 +179,7 @@ def joint_basis(
     beside = None
     for i, matrix in enumerate(matrices):
         if beside is None:
-            beside = xp.empty((k, count * length), dtype=matrix.dtype, device=_device(matrix))
+            beside = empty(xp, (k, count * length), matrix)
         beside[:, i * length : (i + 1) * length] = matrix
         del matrix
     found = spectrum(xp, beside)
@@ -254,7 +254,7 @@ def reweighted(xp: Any, matrix: Array, found: Spectrum, factors: Array) -> Array
         found: its spectrum.
         factors: ``[c]``, float64, for the first c singular values.
     """
-    result = xp.empty(matrix.shape, dtype=matrix.dtype, device=_device(matrix))
+    result = empty(xp, matrix.shape, matrix)
     source, target = _wide(xp, matrix), _wide(xp, result)
     vectors = found.leading(factors.shape[0])
     rising = xp.flip(factors)[:, None]
@@ -280,7 +280,7 @@ def triples(xp: Any, matrix: Array, found: Spectrum, count: int) -> tuple[Array,
     source = _wide(xp, matrix)
     near = xp.flip(found.leading(count), axis=1)
     values = found.values[:count]
-    far = xp.empty((count, source.shape[1]), dtype=matrix.dtype, device=_device(matrix))
+    far = empty(xp, (count, source.shape[1]), matrix)
     onto = xp.matrix_transpose(near / values)
     for start in range(0, source.shape[1], _WIDTH):
         part = onto @ xp.astype(source[:, start : start + _WIDTH], xp.float64)
@@ -463,6 +463,11 @@ def _signs(xp: Any, like: Array, shape: tuple[int, int]) -> Array:
 
 def _nans(xp: Any, like: Array, shape: tuple[int, ...]) -> Array:
     return xp.full(shape, math.nan, dtype=like.dtype, device=_device(like))
+
+
+def empty(xp: Any, shape: tuple[int, ...], like: Array) -> Array:
+    """Return an array of the dtype and on the device of another, whose values are to be written."""
+    return xp.empty(shape, dtype=like.dtype, device=_device(like))
 
 
 def _device(array: Array) -> Any:

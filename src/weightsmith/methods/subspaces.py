@@ -10,6 +10,7 @@ from weightsmith.methods.deltas import Lambda, Weight
 from weightsmith.methods.matrices import (
     Decomposition,
     HowDecomposed,
+    empty,
     polar,
     reweighted,
     reweighted_work,
@@ -61,11 +62,8 @@ class _Triples:
     def add(self, left: Array, values: Array, right: Array) -> None:
         """Take ``[m, r]``, ``[r]`` and ``[r, n]``."""
         if self._left is None:
-            from array_api_compat import device
-
-            where = {"dtype": left.dtype, "device": device(left)}
-            self._left = self._xp.empty((left.shape[0], self._most), **where)
-            self._right = self._xp.empty((self._most, right.shape[1]), **where)
+            self._left = empty(self._xp, (left.shape[0], self._most), left)
+            self._right = empty(self._xp, (self._most, right.shape[1]), right)
         stop = self.count + values.shape[0]
         self._left[:, self.count : stop] = left
         self._right[self.count : stop, :] = right
