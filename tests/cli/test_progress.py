@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path):
         tensors = {f"layers.{i}.w": rng.standard_normal((1000, 1000)).astype(np.float32) for i in range(30)}
         write_safetensors(tmp_path / name / "model.safetensors", tensors)
     script = "import sys; from weightsmith.cli.main import main; main(sys.argv[1:])"
-    flags = ["--method", "ties", "--base", str(tmp_path / "base"), "--model", str(tmp_path / "a")]
+    flags = ["--method", "ties", "--base", str(tmp_path / "base"), "--model", str(tmp_path / "a"), "--threads", "1"]
     call = [sys.executable, "-c", script, "merge", *flags, "-p", "weight=1", "-p", "density=0.3", "--json-log"]
     call += [str(tmp_path / "out")]
     # Without the compiled kernels, so that there is time to interrupt it.
