@@ -56,9 +56,8 @@ def for_each_task(
     if group.size <= _LARGE:
         # The executor has one such tensor in each of its threads already.
         return {task: apart(task) for task in group.models}
-    # The change, and ten times as much that NumPy's gesdd was measured to take beyond what LAPACK says it works in.
-    elements = 11 * group.size + leading_work(group.shape[0], group.shape[1], rank, how).elements
-    needed = elements * group.working.itemsize
+    item = group.working.itemsize
+    needed = (group.size + leading_work(group.shape[0], group.shape[1], rank, how, item).elements) * item
     count = max(min(_ROOM // needed, threads, len(group.models)), 1)
     with _LARGE_ONES, ThreadPoolExecutor(count) as pool:
         return dict(zip(group.models, pool.map(apart, group.models), strict=True))

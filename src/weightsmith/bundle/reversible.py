@@ -58,7 +58,7 @@ class Reversible(Kind):
         rank: r, to work on low-rank weights instead of task vectors.
         coefficients: with ``rank``: ``layer``, one set for a matrix; or ``position``, one for every row of A and every
             column of B.
-        decomposition: of task vectors that are not LoRAs: ``exact`` (LAPACK, float32) or ``randomized``.
+        decomposition: of task vectors that are not LoRAs: ``exact`` (LAPACK) or ``randomized``.
     """
 
     name: ClassVar[str] = "rmm"

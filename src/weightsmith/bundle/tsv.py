@@ -32,7 +32,7 @@ class Tsv(Kind):
 
     Attributes:
         rank: r for all matrices, instead of the paper's.
-        decomposition: ``exact`` (LAPACK, float32) or ``randomized``: random projections with two power passes, faster
+        decomposition: ``exact`` (LAPACK) or ``randomized``: random projections with two power passes, faster
             where few triples of many are kept.
     """
 
