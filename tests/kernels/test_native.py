@@ -20,6 +20,7 @@ from test_program import Expressions, evaluated
 
 from weightsmith.kernels import native
 from weightsmith.kernels.trace import Untraceable
+from weightsmith.quickstart import FINE_TUNES
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +123,12 @@ def test_a_pure_wheel_carries_none_and_is_for_every_platform(sources):
     name, held = wheel(sources, WEIGHTSMITH_PURE="1")
     assert LIBRARY_NAME not in held
     assert name.endswith("-py3-none-any.whl")
+
+
+def test_a_wheel_carries_the_models_of_the_quickstart_and_no_others(sources):
+    _, held = wheel(sources, WEIGHTSMITH_PURE="1")
+    zoo = {Path(name).relative_to("weightsmith/quickstart/zoo").parts[0] for name in held if "/quickstart/zoo/" in name}
+    assert zoo == {"README.md", "digits-test.safetensors", "base", *FINE_TUNES}
 
 
 @pytest.mark.slow
