@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types unit docs coverage benchmark fuzz clean
+.PHONY: quickstart test lint types unit docs coverage benchmark quality fuzz clean
 
 # The core alone: what a person who merges models needs.
 $(VENV)/.core: requirements/core.txt pyproject.toml hatch_build.py $(wildcard src/weightsmith/kernels/native/*.c)
@@ -40,6 +40,11 @@ docs: $(VENV)/.dev
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
+
+# The tables of docs/choosing.md: an hour or two the first time, then what is new alone. Needs npm for the data.
+quality: $(VENV)/.dev
+	$(BIN)/pip install --quiet scikit-learn==1.9.1
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.table --models quality/models --data quality/data
 
 # Twelve million inputs, half an hour to an hour on one core. One target alone: python fuzz/run.py recipe --executions 500000
 fuzz: $(VENV)/.core
