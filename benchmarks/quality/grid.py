@@ -67,9 +67,9 @@ GRID: dict[str, Entry] = {
         {"weight": 1.0, "density": 0.2, "trim_scope": "model"},
         {"density": (0.2, 0.5), "lambda_": (0.5, 1.0, 1.5)},
     ),
-    # Davari and Belilovsky's starting point, by their code: 0.6 % removed, the next 15 % kept, factor 0.2.
+    # Davari and Belilovsky's starting point, by their code: of each row the largest 0.6 % go, the next 15 % stay.
     "breadcrumbs": Entry(
-        {"weight": 0.2, "density": 0.15, "gamma": 0.006},
+        {"weight": 0.2, "density": 0.15, "gamma": 0.006, "trim_scope": "row"},
         {"density": (0.15, 0.9), "weight": (0.2, 0.3, 0.5)},
     ),
     "breadcrumbs_ties": Entry(
@@ -96,9 +96,28 @@ GRID: dict[str, Entry] = {
     ),
     # Wan et al.: the 10 % that vary most.
     "sce": Entry({"select_topk": 0.1}, {"select_topk": (0.1, 0.2, 0.5, 1.0)}),
+    # Du et al.: the default of their function.
+    "pcb": Entry({"density": 0.1}, {"density": (0.1, 0.3), "lambda_": (0.5, 1.0, 1.5)}),
+    # Wang et al. choose the factor by data; without, that of task arithmetic.
+    "consensus": Entry({"k": 2, "lambda_": 0.3}, {"k": (1, 2), "lambda_": (0.2, 0.3, 0.5)}),
+    # He et al., without data: the largest 5 %.
+    "localize_and_stitch": Entry({"density": 0.05}, {"density": (0.05, 0.2), "lambda_": (0.5, 1.0, 1.5)}),
+    # Huang et al. have no parameters; here the unified vector alone, which is not how they use it.
+    "emr": Entry({}, {"lambda_": (0.3, 0.5, 0.75)}),
+    # Marczak et al.
+    "magmax": Entry({"lambda_": 0.5}, {"lambda_": (0.25, 0.5, 0.75, 1.0)}),
+    # Baselines.
+    "sign_only": Entry({}, {"lambda_": (0.3, 0.5, 0.75)}),
+    "random_select": Entry(),
     "ram": Entry(),
     "ramplus_tl": Entry({"r": 0.1, "alpha": 0.2}, {"r": (0.05, 0.2), "alpha": (0.1, 0.4)}),
     "model_stock": Entry({}, {"filter_wise": (False, True)}),
+    # Yu et al.: a column above the mean rank counts in full.
+    "widen": Entry({"ratio": 1.0, "score": 1.0}, {"ratio": (1.0, 2.0), "score": (0.25, 0.5, 1.0)}),
+    # Tang et al.
+    "opcm": Entry({"alpha": 0.5}, {"alpha": (0.25, 0.5, 0.75)}),
+    # Stojanovski et al. search the momentum, near 1, for the steps of a training; six experts are few.
+    "ema": Entry({"momentum": 0.9}, {"momentum": (0.5, 0.7, 0.8, 0.9)}),
     # Two models; the rows of other methods on the same pairs are there to compare with.
     "linear, pairs": Entry({"weight": 1.0}, method="linear", scheme="pairs"),
     "task_arithmetic, pairs": Entry(
@@ -108,6 +127,12 @@ GRID: dict[str, Entry] = {
     "nuslerp": Entry({"weight": 1.0}, {"nuslerp_flatten": (True, False)}, scheme="pairs"),
     "nearswap": Entry({"t": 0.001}, {"t": (0.001, 0.003, 0.01, 0.03, 0.1)}, scheme="chained pairs"),
     "arcee_fusion": Entry(scheme="chained pairs"),
+    # One fine-tune and its base.
+    "task_arithmetic, single": Entry(
+        {"weight": 0.5}, {"weight": (0.3, 0.5, 0.7, 0.85)}, method="task_arithmetic", scheme="single"
+    ),
+    # Yuan et al.: a fifth dropped, then the average.
+    "imm": Entry({"drop": 0.2, "share": 0.5}, {"share": (0.3, 0.5, 0.7, 0.85)}, scheme="single"),
 }
 
 # Registered method -> why it has no row.

@@ -21,7 +21,7 @@ Array = npt.NDArray[np.float64]
 SECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "All experts in one model": (("all",), "task_arithmetic"),
     "Two experts in one model": (("pairs", "chained pairs"), "task_arithmetic, pairs"),
-    "One expert and the base": (("single",), ""),
+    "One expert and the base": (("single",), "task_arithmetic, single"),
 }
 BEGIN, END = "<!-- begin: written by benchmarks/quality -->", "<!-- end: written by benchmarks/quality -->"
 
