@@ -72,6 +72,7 @@ GRID: dict[str, Entry] = {
         {"weight": 0.2, "density": 0.15, "gamma": 0.006, "trim_scope": "row"},
         {"density": (0.15, 0.9), "weight": (0.2, 0.3, 0.5)},
     ),
+    # mergekit's; the factor is that of TIES.
     "breadcrumbs_ties": Entry(
         {"weight": 1.0, "density": 0.15, "gamma": 0.006, "normalize": True},
         {"density": (0.15, 0.5), "lambda_": (0.5, 1.0, 1.5)},

@@ -23,7 +23,7 @@ from benchmarks.quality.grid import GRID, Entry, Parameters, unlisted
 from benchmarks.quality.report import filled, gain_kept, markdown
 from benchmarks.quality.results import Scores, Seed
 from benchmarks.quality.zoo import BASE, JOINT, PartName, train
-from benchmarks.quality.zoos import arguments, seeds
+from benchmarks.quality.zoos import ZOOS, arguments, seeds
 from weightsmith.errors import WeightsmithError
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -108,7 +108,7 @@ def main() -> None:
     missing = unlisted()
     if missing and not options.rows:
         parser.error(f"grid.py lacks {', '.join(missing)}")
-    document: dict[str, Any] = {} if options.rows or not RESULTS.is_file() else json.loads(RESULTS.read_text())
+    document: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for name, of_zoo in seeds(options).items():
         for seed in of_zoo:
@@ -120,6 +120,9 @@ def main() -> None:
     if options.rows:
         print(markdown(document))
         return
+    # Read only now: another process may have measured the other zoo meanwhile.
+    document = json.loads(RESULTS.read_text()) | document
+    document = {name: document[name] for name in ZOOS if name in document}
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     PAGE.write_text(filled(PAGE.read_text(), markdown(document)))
 
