@@ -57,6 +57,15 @@ _FACTORS = (0.5, 0.75, 1.25, 1.5)
 GRID: dict[str, Entry] = {
     # Wortsman et al.: the uniform soup has no parameter.
     "linear": Entry({"weight": 1.0}),
+    "geometric": Entry({}, {"mixed": ("mean", "zero", "sign")}),
+    "harmonic": Entry({}, {"mixed": ("mean", "zero", "sign")}),
+    # Tian et al.'s simulator adds 1e-4 to both variances; 0 corrects in full.
+    "variance_corrected": Entry({}, {"eps": (1e-4, 0.0), "vectors": (False, True)}),
+    # Aggregates for models of which some are bad, where none is: of six, one may be.
+    "median": Entry(),
+    "trimmed_mean": Entry({"trim": 1}, {"trim": (1, 2)}),
+    "krum": Entry({"byzantine": 1, "select": 1}, {"select": (1, 2, 3, 5)}),
+    "geometric_median": Entry(),
     # No parameters of weight in mergekit's use; the tangent is the one thing that can differ.
     "multislerp": Entry({"weight": 1.0}, {"tangent": ("log", "projection")}),
     "karcher": Entry(),
@@ -128,9 +137,15 @@ GRID: dict[str, Entry] = {
     "nuslerp": Entry({"weight": 1.0}, {"nuslerp_flatten": (True, False)}, scheme="pairs"),
     "nearswap": Entry({"t": 0.001}, {"t": (0.001, 0.003, 0.01, 0.03, 0.1)}, scheme="chained pairs"),
     "arcee_fusion": Entry(scheme="chained pairs"),
-    # One fine-tune and its base.
-    "task_arithmetic, single": Entry(
-        {"weight": 0.5}, {"weight": (0.3, 0.5, 0.7, 0.85)}, method="task_arithmetic", scheme="single"
+    # One expert's change, put onto another: published in full; RE-Adapt halves both.
+    "transfer": Entry(
+        {"lambda_": 1.0}, {"lambda_": (0.5, 1.0), "target_share": (0.5, 1.0)}, scheme="transferred pairs"
+    ),
+    # One fine-tune and its base. Wortsman et al.: half way.
+    "interpolate": Entry({"lambda_": 0.5}, {"lambda_": (0.3, 0.5, 0.7, 0.85)}, scheme="single"),
+    # Lin et al. hold the mean ratio at 0.2; the layers' ratios, which they search for, are equal here.
+    "ama": Entry(
+        {"ratio": 0.2, "mean_ratio": 0.2}, {"ratio": (0.1, 0.2, 0.4), "mixed": ("linear", "all")}, scheme="single"
     ),
     # Yuan et al.: a fifth dropped, then the average.
     "imm": Entry({"drop": 0.2, "share": 0.5}, {"share": (0.3, 0.5, 0.7, 0.85)}, scheme="single"),
@@ -139,6 +154,10 @@ GRID: dict[str, Entry] = {
 # Registered method -> why it has no row.
 EXCEPTIONS: dict[str, str] = {
     "passthrough": "copies one model; its row would be that model's",
+    "metric_weighted": "weighs checkpoints by a metric that they share, and experts of different tasks share none",
+    "bcwi": "without importances, which need gradients, it is interpolate with lambda = 1 - alpha",
+    "rws": "needs one model trained on clean data and others on corrupted, all from one pretrained model",
+    "rws_signature": "gives a difference of weights, not a model",
 }
 
 

@@ -20,8 +20,8 @@ Array = npt.NDArray[np.float64]
 # Heading -> the schemes of its rows, and the row that they are compared with, if any.
 SECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "All experts in one model": (("all",), "task_arithmetic"),
-    "Two experts in one model": (("pairs", "chained pairs"), "task_arithmetic, pairs"),
-    "One expert and the base": (("single",), "task_arithmetic, single"),
+    "Two experts in one model": (("pairs", "chained pairs", "transferred pairs"), "task_arithmetic, pairs"),
+    "One expert and the base": (("single",), "interpolate"),
 }
 BEGIN, END = "<!-- begin: written by benchmarks/quality -->", "<!-- end: written by benchmarks/quality -->"
 

@@ -19,7 +19,7 @@ import weightsmith as ws
 from benchmarks.quality.zoo import BASE, Evaluator, Zoo, weights_of
 from weightsmith.methods.registry import get_method
 
-Scheme = Literal["all", "pairs", "chained pairs", "single"]
+Scheme = Literal["all", "pairs", "chained pairs", "transferred pairs", "single"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Group:
 def groups(scheme: Scheme, zoo: Zoo) -> list[Group]:
     """Return the merges of a scheme.
 
-    ``pairs`` has both experts as models beside the base; in ``chained pairs`` the first stands as the base, for
-    methods that go from one model to another.
+    ``pairs`` has both experts as models beside the base. In ``chained pairs`` the first stands as the base, for methods
+    that go from one model to another; in ``transferred pairs`` it does too, and the second and its own base are models.
     """
     if scheme == "all":
         return [Group(zoo.tasks, BASE, zoo.tasks)]
@@ -50,7 +50,9 @@ def groups(scheme: Scheme, zoo: Zoo) -> list[Group]:
     pairs = list(zip(zoo.tasks, (*zoo.tasks[1:], zoo.tasks[0]), strict=True))
     if scheme == "pairs":
         return [Group(pair, BASE, pair) for pair in pairs]
-    return [Group((second,), first, (first, second)) for first, second in pairs]
+    if scheme == "chained pairs":
+        return [Group((second,), first, (first, second)) for first, second in pairs]
+    return [Group((second, BASE), first, (first, second)) for first, second in pairs]
 
 
 def measure(
