@@ -128,6 +128,23 @@ GRID: dict[str, Entry] = {
     "opcm": Entry({"alpha": 0.5}, {"alpha": (0.25, 0.5, 0.75)}),
     # Stojanovski et al. search the momentum, near 1, for the steps of a training; six experts are few.
     "ema": Entry({"momentum": 0.9}, {"momentum": (0.5, 0.7, 0.8, 0.9)}),
+    # Gargiulo et al. search the factor from 0.1 to 3; 1 without data.
+    "tsv": Entry({"lambda_": 1.0}, {"lambda_": (0.5, 0.75, 1.0, 1.5, 2.0)}),
+    # Marczak et al. search the factor from 0.1 to 3, and name none without data.
+    "iso_c": Entry({"lambda_": 1.0}, {"lambda_": (0.5, 0.75, 1.0, 1.5, 2.0)}),
+    "iso_cts": Entry({"lambda_": 1.0, "common_space_fraction": 0.8}, {"lambda_": (0.5, 0.75, 1.0, 1.5, 2.0)}),
+    # Lee et al.: 40 % of the nuclear norm, no factor.
+    "star": Entry({"eta": 40.0}, {"eta": (40.0, 70.0), "lambda_": (1.0, 1.5, 2.0)}),
+    # Stoica et al.: trimmed over the model, factor 0.6 for eight image tasks; with DARE 0.4, for language models.
+    "knots": Entry(
+        {"density": 0.2, "lambda_": 0.6, "trim_scope": "model"},
+        {"density": (0.2, 0.5), "lambda_": (0.6, 1.0, 1.5)},
+    ),
+    "knots_dare": Entry({"density": 0.2, "lambda_": 0.4}, {"density": (0.2, 0.8), "lambda_": (0.4, 0.8, 1.2)}),
+    # Half of the energy, as LoRE-Adapt has it for one model; the weight is that of task arithmetic.
+    "low_rank": Entry({"weight": 0.3, "energy": 0.5}, {"energy": (0.5, 0.9), "weight": (0.2, 0.3, 0.5)}),
+    # Skorobogat et al. boost the sum; what it is multiplied with is searched.
+    "subspace_boosting": Entry({"beta": 0.01}, {"beta": (0.01, 0.1), "lambda_": (0.1, 0.2, 0.4)}),
     # Two models; the rows of other methods on the same pairs are there to compare with.
     "linear, pairs": Entry({"weight": 1.0}, method="linear", scheme="pairs"),
     "task_arithmetic, pairs": Entry(
@@ -147,6 +164,8 @@ GRID: dict[str, Entry] = {
     "ama": Entry(
         {"ratio": 0.2, "mean_ratio": 0.2}, {"ratio": (0.1, 0.2, 0.4), "mixed": ("linear", "all")}, scheme="single"
     ),
+    # Wu et al.: 0.2 is said to be the best.
+    "timber": Entry({"gamma": 0.2}, {"gamma": (0.0, 0.2, 0.5)}, scheme="single"),
     # Yuan et al.: a fifth dropped, then the average.
     "imm": Entry({"drop": 0.2, "share": 0.5}, {"share": (0.3, 0.5, 0.7, 0.85)}, scheme="single"),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -80,6 +81,11 @@ def measure(
         base = None if get_method(method).base == "unused" else folder / group.base
         merged = ws.merge(method, [folder / name for name in group.models], base, seed=seed, **parameters)
         tasks = (*group.tasks, zoo.base_task)
-        for task, result in zip(tasks, evaluator(weights_of(merged), merged.config, tasks), strict=True):
+        # Read lazily, what a method must know of the whole model would be computed anew for every tensor.
+        with TemporaryDirectory() as scratch:
+            merged.save(Path(scratch) / "merged", threads=1)
+            saved = ws.open(Path(scratch) / "merged")
+            results = evaluator(weights_of(saved), saved.config, tasks)
+        for task, result in zip(tasks, results, strict=True):
             found[task].append(result)
     return {task: float(np.mean(results)) for task, results in found.items()}

@@ -112,7 +112,7 @@ def train(zoo: Zoo, seed: int, folder: Path, data: Path) -> None:
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Floats]:
-    """Read all tensors of a checkpoint, which for a merge computes them, as float32."""
+    """Read all tensors of a checkpoint as float32."""
     return {
         name: widen(tensor.numpy().reshape(-1), np.dtype(np.float32)).reshape(tensor.shape)
         for name, tensor in checkpoint.items()
