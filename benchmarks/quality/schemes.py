@@ -19,6 +19,7 @@ import numpy as np
 import weightsmith as ws
 from benchmarks.quality.zoo import BASE, Evaluator, Zoo, weights_of
 from weightsmith.methods.registry import get_method
+from weightsmith.plan.merged import LazyCheckpoint
 
 Scheme = Literal["all", "pairs", "chained pairs", "transferred pairs", "single"]
 
@@ -56,6 +57,20 @@ def groups(scheme: Scheme, zoo: Zoo) -> list[Group]:
     return [Group((second, BASE), first, (first, second)) for first, second in pairs]
 
 
+def merge(group: Group, folder: Path, method: str, parameters: Mapping[str, Any], seed: int) -> LazyCheckpoint:
+    """Return one merge, not computed yet.
+
+    Args:
+        group: what is merged.
+        folder: the models of one seed.
+        method: name of the method.
+        parameters: its parameters, as :func:`weightsmith.merge` takes them.
+        seed: of random methods.
+    """
+    base = None if get_method(method).base == "unused" else folder / group.base
+    return ws.merge(method, [folder / name for name in group.models], base, seed=seed, **parameters)
+
+
 def measure(
     zoo: Zoo,
     folder: Path,
@@ -78,8 +93,7 @@ def measure(
     """
     found: dict[str, list[float]] = {task: [] for task in (*zoo.tasks, zoo.base_task)}
     for group in groups(scheme, zoo):
-        base = None if get_method(method).base == "unused" else folder / group.base
-        merged = ws.merge(method, [folder / name for name in group.models], base, seed=seed, **parameters)
+        merged = merge(group, folder, method, parameters, seed)
         tasks = (*group.tasks, zoo.base_task)
         # Read lazily, what a method must know of the whole model would be computed anew for every tensor.
         with TemporaryDirectory() as scratch:
