@@ -94,12 +94,13 @@ def markdown(document: Document) -> str:
 
 def references(zoo: Zoo) -> str:
     """Return the table of the trained models."""
-    lines = [f"| {zoo.measure} | " + " | ".join((*zoo.tasks, "mean", zoo.base_task)) + " |"]
-    lines.append("|---" + "|---:" * (len(zoo.tasks) + 2) + "|")
+    lines = [f"| {zoo.measure} | " + " | ".join((*zoo.tasks, "mean", "gain kept, %", zoo.base_task)) + " |"]
+    lines.append("|---" + "|---:" * (len(zoo.tasks) + 3) + "|")
     named = {"the base": zoo.base, "each task's expert": zoo.experts, "the joint model": zoo.joint}
     for name, row in named.items():
         cells = [spread(np.array(row[task]), zoo.digits) for task in zoo.tasks]
-        cells += [spread(zoo.mean(row), zoo.digits), spread(np.array(row[zoo.base_task]), zoo.digits)]
+        cells += [spread(zoo.mean(row), zoo.digits), spread(zoo.kept(row).mean(axis=0), 1)]
+        cells += [spread(np.array(row[zoo.base_task]), zoo.digits)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
