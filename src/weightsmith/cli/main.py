@@ -5,7 +5,6 @@ A verb's module is imported when the verb is run, so that ``weightsmith --help``
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import click
 
 from weightsmith import __version__
+from weightsmith.cli.lazy import LazyGroup
 from weightsmith.cli.terminal import printable
-from weightsmith.errors import Interrupted, WeightsmithError, did_you_mean
+from weightsmith.errors import Interrupted, WeightsmithError
 
 # Verb -> what it does, in one line.
 _VERBS = {
@@ -22,6 +22,7 @@ _VERBS = {
     "plan": "Show what a merge would read, compute and write.",
     "inspect": "Show what is in a model: tensors, layers, sizes.",
     "diff": "Compare two models, tensor by tensor.",
+    "adapter": "Look at adapters, combine and convert them.",
     "bundle": "Keep several fine-tunes of one base in one small folder.",
     "verify": "Check that a merged model is still what was written.",
     "reproduce": "Run the recipe of a merged model again, and compare.",
@@ -31,37 +32,14 @@ _VERBS = {
 }
 
 
-class _Verbs(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _VERBS:
-            return None
-        module = importlib.import_module(f"weightsmith.cli.{cmd_name}")
-        command = module.command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_VERBS.items()))
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in _VERBS:
-            ctx.fail(f"there is no command {args[0]!r}{did_you_mean(args[0], _VERBS)}")
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="weightsmith")
-@click.option("--debug", is_flag=True, help="Show where in the program an error arose.")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
-    """Work on the weights of trained neural networks: weights in, weights out."""
-    ctx.obj = {"debug": debug}
+cli = LazyGroup(
+    "weightsmith",
+    verbs=_VERBS,
+    package="weightsmith.cli",
+    help="Work on the weights of trained neural networks: weights in, weights out.",
+)
+cli = click.version_option(__version__, prog_name="weightsmith")(cli)
+cli = click.option("--debug", is_flag=True, help="Show where in the program an error arose.", expose_value=False)(cli)
 
 
 def main(arguments: list[str] | None = None) -> None:

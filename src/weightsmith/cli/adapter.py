@@ -1,0 +1,15 @@
+"""``weightsmith adapter``."""
+
+from __future__ import annotations
+
+from weightsmith.cli.lazy import LazyGroup
+
+# Verb -> what it does, in one line.
+_VERBS: dict[str, str] = {}
+
+command = LazyGroup(
+    "adapter",
+    verbs=_VERBS,
+    package="weightsmith.cli.adapters",
+    help="Look at adapters, combine them, and convert them from one layout to another.",
+)

@@ -1,0 +1,1 @@
+"""The commands of ``weightsmith adapter``: one file per verb."""
