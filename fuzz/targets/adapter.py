@@ -10,7 +10,7 @@ import numpy as np
 
 from fuzz.mutate import text_mutator
 from fuzz.target import Defect, Target, check_tensor
-from weightsmith.adapters.lora import fold
+from weightsmith.adapters.fold import fold
 from weightsmith.adapters.patterns import Patterns
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.json_text import parse_object

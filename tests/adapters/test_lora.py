@@ -13,7 +13,8 @@ import pytest
 
 import weightsmith as ws
 from conftest import write_safetensors
-from weightsmith.adapters.lora import FoldedTensor
+from weightsmith.adapters.change import LowRank
+from weightsmith.adapters.fold import FoldedTensor, Term
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError, PlanError
 
@@ -82,8 +83,7 @@ def test_a_linear_layer_gets_the_scaled_product(write_model, tmp_path, config, s
 def test_the_bytes_of_a_folded_tensor_do_not_depend_on_the_blocks(block, dtype):
     rng = np.random.default_rng(0)
     base, down, up = (rng.standard_normal(shape) for shape in ((256, 1000), (64, 1000), (256, 64)))
-    tensors = [ArrayTensor("w", base.astype(dtype)), *(ArrayTensor("f", f.astype(np.float32)) for f in (down, up))]
-    tensor = FoldedTensor(*tensors, 0.5, transposed=False)
+    tensor = FoldedTensor(ArrayTensor("w", base.astype(dtype)), [Term(0.5, lambda: LowRank(up, down))])
     whole = tensor.read(0, tensor.size)
     assert whole.dtype == dtype
     parts = [tensor.read(i, min(i + block, tensor.size)) for i in range(0, tensor.size, block)]
@@ -146,12 +146,15 @@ def test_a_merge_of_a_base_with_an_adapter_on_it_rounds_once(write_model, tmp_pa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "uses DoRA, which cannot be folded yet"),
-        ({"peft_type": "LOHA"}, "of the kind LOHA"),
-        ({"r": 4}, "gives model.layers.0.q rank 4, and its factors have 3"),
+        ({"use_dora": True}, "model.layers.0.q: it has no magnitude, and the adapter's config says so"),
+        ({"peft_type": "LORAX"}, "of the kind LORAX, of which nothing is known .did you mean 'LORA'"),
+        ({"peft_type": "PROMPT_TUNING"}, "no plain weights equal: it adds virtual tokens"),
+        ({"peft_type": ["LORA"]}, "of the kind ..LORA.., of which nothing is known"),
+        ({"alora_invocation_tokens": [1]}, "it acts on some tokens alone"),
+        ({"r": 4}, "model.layers.0.q: the adapter's config gives it rank 4, and its factors have 3"),
     ],
 )
-def test_what_is_not_plain_lora_is_refused(write_model, tmp_path, config, message):
+def test_what_no_plain_weights_equal_or_does_not_fit_its_config_is_refused(write_model, tmp_path, config, message):
     given = factors("model.layers.0.q", (RANK, 6), (8, RANK))
     adapter = write_adapter(tmp_path / "lora", given, **config)
     with pytest.raises(CheckpointError, match=message):
@@ -164,7 +167,7 @@ def test_what_is_not_plain_lora_is_refused(write_model, tmp_path, config, messag
         ({"rank_pattern": {"(": 3}}, "rank_pattern in adapter_config.json: '(' is no pattern"),
         ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q'] as 'x', which is no number"),
         ({"alpha_pattern": [1]}, "alpha_pattern as [1], which is no map"),
-        ({"r": "three"}, "r as 'three', which is no number"),
+        ({"r": "three"}, "r as 'three', which is no whole number"),
         ({"lora_alpha": None}, "lora_alpha as None"),
         ({"lora_alpha": float("nan")}, "lora_alpha as nan"),
         ({"lora_alpha": 10**400}, "lora_alpha as a whole number of 1,329 bits"),
@@ -177,7 +180,7 @@ def test_a_config_that_says_nothing_sensible_is_refused(write_model, tmp_path, c
         ws.open(f"{write_model('base', base_tensors())}+{adapter}")
 
 
-@pytest.mark.parametrize("down", [np.zeros(3, np.float32), np.zeros((0, 6), np.float32), np.zeros((RANK, 6), np.int32)])
+@pytest.mark.parametrize("down", [np.zeros((0, 6), np.float32), np.zeros((RANK, 6), np.int32)])
 def test_factors_that_are_no_matrices_of_floats_are_refused(write_model, tmp_path, down):
     given = factors("model.layers.0.q", (RANK, 6), (8, RANK)) | {"model.layers.0.q.lora_A.weight": down}
     adapter = write_adapter(tmp_path / "lora", given)

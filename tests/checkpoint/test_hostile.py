@@ -24,7 +24,7 @@ MB = 1_000_000
 # Opens a model with at most so much memory beyond what the imports took, and tells peak growth, time and outcome.
 MEASURE = """
 import json, resource, sys, time
-import weightsmith.api, weightsmith.checkpoint.torch_pickle, weightsmith.adapters.lora
+import weightsmith.api, weightsmith.checkpoint.torch_pickle, weightsmith.adapters.fold
 from weightsmith.errors import CheckpointError
 ours = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (ours + int(sys.argv[2]),) * 2)

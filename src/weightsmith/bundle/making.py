@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from weightsmith import __version__, dtypes
-from weightsmith.adapters.lora import fold
+from weightsmith.adapters.fold import fold
 from weightsmith.architecture.stacks import analyse
 from weightsmith.bundle.bundle import Bundle
 from weightsmith.bundle.description import Base, BaseTensor, Description, Entry, Form, Task

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from weightsmith.adapters.lora import LowRankTensor
+from weightsmith.adapters.change import LowRank
+from weightsmith.adapters.fold import tiled
 from weightsmith.bundle.description import Entry
 from weightsmith.bundle.kind import Group
 from weightsmith.bundle.tiles import TILE, rounded, tile_starts
@@ -104,8 +105,8 @@ class Maker(Protocol):
         ...
 
 
-class FactoredTensor(LowRankTensor):
-    """A base's matrix with a product of factors added."""
+class FactoredTensor(Tensor):
+    """A base's matrix with a product of factors added, formed as those of folded adapters are."""
 
     def __init__(self, name: str, entry: Entry, base: Tensor, make: Callable[[], tuple[Array, Array]]) -> None:
         """Combine a matrix with factors.
@@ -122,13 +123,11 @@ class FactoredTensor(LowRankTensor):
         self.base = base
         self._make = make
 
-    def factors(self) -> tuple[Array, Array]:
-        """See :meth:`LowRankTensor.factors`."""
-        return self._make()
-
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`; rounded to the dtype of the arithmetic, and then to that of the tensor."""
-        total = widen(self.base.read(start, stop), _FLOAT64) + self.change(start, stop)
+        (product,) = RECENT.get(self, lambda: (LowRank(*self._make()),))
+        change = tiled(start, stop, self.shape[1], self.shape[0], product.delta)
+        total = widen(self.base.read(start, stop), _FLOAT64) + change
         return narrow(narrow(total, working_dtype([self.dtype])), self.dtype)
 
 

@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import array_api_compat.numpy as xp
 import numpy as np
 
-from weightsmith.adapters.lora import FoldedTensor
+from weightsmith.adapters.change import LowRank
+from weightsmith.adapters.fold import FoldedTensor
 from weightsmith.bundle.description import Entry
 from weightsmith.bundle.identical import identical
 from weightsmith.bundle.kind import Group, Kind, Made, Stored, Survey, shared_name, task_name
@@ -229,9 +230,9 @@ class _Factors:
         self._group = group
         self._kind = kind
         self._threads = threads
-        adapters = [one.rank for one in group.models.values() if isinstance(one, FoldedTensor)]
+        products = [product for one in group.models.values() if (product := _product_of(one)) is not None]
         # Ranks that no adapter has would be stored as zeros.
-        most = max(adapters) if len(adapters) == len(group.models) else min(group.shape)
+        most = max(one.rank for one in products) if len(products) == len(group.models) else min(group.shape)
         self._rank = min(kind.rank or 1, most, *group.shape)
 
     def tensors(self) -> list[Tensor]:
@@ -274,8 +275,9 @@ class _Factors:
         """Return A and B transposed, ``[m, rank]`` and ``[n, rank]`` of float64, in the form that is common to all."""
         tensor = self._group.models[task]
         u: Array
-        if isinstance(tensor, FoldedTensor) and identical(tensor.base, self._group.base):
-            u, s, vt = _triples_of_product(*tensor.factors())
+        product = _product_of(tensor)
+        if product is not None and isinstance(tensor, FoldedTensor) and identical(tensor.base, self._group.base):
+            u, s, vt = _triples_of_product(product.left, product.right)
         else:
             dense = dense_change(self._group, task)
             u, s, vt = leading(xp, dense, self._rank, self._kind.decomposition)
@@ -285,6 +287,11 @@ class _Factors:
         left, right = u * s, vt.T * s
         missing = self._rank - left.shape[1]
         return np.pad(left, ((0, 0), (0, missing))), np.pad(right, ((0, 0), (0, missing)))
+
+
+def _product_of(tensor: Tensor) -> LowRank | None:
+    """Return what an adapter adds to a tensor, if it is a product of two factors."""
+    return tensor.low_rank() if isinstance(tensor, FoldedTensor) else None
 
 
 def _row(which: int, row: int) -> Callable[[tuple[Array, ...]], Array]:

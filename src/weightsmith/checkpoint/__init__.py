@@ -31,7 +31,7 @@ def open_checkpoint(reference: str | os.PathLike[str] | Reference) -> Checkpoint
         return model
     if parsed.adapter.task is not None:
         return _open_task(parsed.adapter, base=model)
-    from weightsmith.adapters.lora import fold
+    from weightsmith.adapters.fold import fold
 
     return fold(model, open_checkpoint(parsed.adapter), name=str(parsed))
 

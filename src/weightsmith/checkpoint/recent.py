@@ -6,23 +6,32 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from itertools import count
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from weightsmith.checkpoint.tensor import Array
 
-Made = tuple[Array, ...]
+class Held(Protocol):
+    """What takes memory: an array, or something made of arrays."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        ...
+
+
+Made = TypeVar("Made", bound=tuple[Held, ...])
 
 
 class _Entry:
     """What was made for one part of an owner, and when it was used last."""
 
     def __init__(self) -> None:
-        self.future: Future[Made] = Future()
+        self.future: Future[Any] = Future()
         self.used = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.future.result())
+        return sum(int(array.nbytes) for array in self.future.result())
 
 
 class Recent:
@@ -62,9 +71,10 @@ class Recent:
                 entry.future.set_exception(error)
             else:
                 self._forget(entry)
-        return entry.future.result()
+        made: Made = entry.future.result()
+        return made
 
-    def keep(self, owner: object, made: Made, part: Hashable = None) -> None:
+    def keep(self, owner: object, made: tuple[Held, ...], part: Hashable = None) -> None:
         """Keep other arrays for a part from now on; none if there are none."""
         with self._lock:
             parts = self._kept.get(owner, {})

@@ -48,7 +48,8 @@ class Evaluated(Tensor):
             return np.asarray(self._evaluator.values(computed, start, stop, computed.working))
         # An evaluator keeps whole matrices; this one would for as long as the plan is there.
         (values,) = RECENT.get(self, lambda: (Evaluator().values(computed, 0, self.size, computed.working),))
-        return values[start:stop]
+        stretch: Array = values[start:stop]
+        return stretch
 
 
 class Resizer:

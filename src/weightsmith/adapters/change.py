@@ -1,0 +1,121 @@
+"""What an adapter does to one weight, in one of four shapes: which rows it must see to give new rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from weightsmith.checkpoint.tensor import Array
+
+
+class Change(ABC):
+    """How the rows of one weight change; the weight is a matrix ``[out, everything else]`` in float64.
+
+    Attributes:
+        whole: whether :meth:`rows` must be given all rows at once.
+    """
+
+    whole: bool = False
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the arrays that this holds."""
+
+    @abstractmethod
+    def rows(self, base: Array, start: int) -> Array:
+        """Return the new rows for some rows of the base.
+
+        Args:
+            base: ``[n, columns]``, float64; not written to.
+            start: which row the first of them is.
+
+        Returns:
+            ``[n, columns]``, float64.
+        """
+
+
+class Added(Change):
+    """A matrix is added that does not depend on the base."""
+
+    def __init__(self, delta: Callable[[int, int], Array], arrays: Sequence[Array]) -> None:
+        """Name the matrix by its rows.
+
+        Args:
+            delta: returns rows ``start`` to ``stop`` of it: ``[n, columns]``, float64.
+            arrays: what it is made from, which is held.
+        """
+        self.delta = delta
+        self._nbytes = sum(array.nbytes for array in arrays)
+
+    @property
+    def nbytes(self) -> int:
+        """See :attr:`Change.nbytes`."""
+        return self._nbytes
+
+    def rows(self, base: Array, start: int) -> Array:
+        """See :meth:`Change.rows`."""
+        added: Array = base + self.delta(start, start + len(base))
+        return added
+
+
+class LowRank(Added):
+    """A product of two factors is added.
+
+    Attributes:
+        left: ``[out, rank]``, float64.
+        right: ``[rank, columns]``, float64.
+    """
+
+    def __init__(self, left: Array, right: Array) -> None:
+        """Multiply two matrices, when rows are asked for."""
+        super().__init__(self._product, [left, right])
+        self.left = left
+        self.right = right
+
+    @property
+    def rank(self) -> int:
+        """The rank, at most."""
+        return int(self.left.shape[1])
+
+    def _product(self, start: int, stop: int) -> Array:
+        product: Array = self.left[start:stop] @ self.right
+        return product
+
+
+class Rows(Change):
+    """Each row changes by itself: what becomes of it depends on that row of the base alone."""
+
+    def __init__(self, function: Callable[[Array, int], Array], arrays: Sequence[Array] = ()) -> None:
+        """Take the function of :meth:`Change.rows`.
+
+        Args:
+            function: see there.
+            arrays: what it uses, which is held.
+        """
+        self._function = function
+        self._nbytes = sum(array.nbytes for array in arrays)
+
+    @property
+    def nbytes(self) -> int:
+        """See :attr:`Change.nbytes`."""
+        return self._nbytes
+
+    def rows(self, base: Array, start: int) -> Array:
+        """See :meth:`Change.rows`."""
+        return self._function(base, start)
+
+
+class Whole(Rows):
+    """Rows change by what stands in other rows: the whole matrix is worked on at once."""
+
+    whole = True
+
+    def __init__(self, function: Callable[[Array], Array], arrays: Sequence[Array] = ()) -> None:
+        """Take a function of the whole matrix.
+
+        Args:
+            function: returns the new matrix ``[out, columns]``, float64, and leaves the old one as it is.
+            arrays: what it uses, which is held.
+        """
+        super().__init__(lambda base, _: function(base), arrays)

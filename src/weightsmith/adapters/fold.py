@@ -1,0 +1,309 @@
+"""Adapters on a base, as a lazy checkpoint: every weight is formed block by block, as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from weightsmith import dtypes
+from weightsmith.adapters.adapter import Adapter, find
+from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
+from weightsmith.adapters.layer import Weight, read_wide, tile_rows
+from weightsmith.architecture.config import is_head, tied_source, untie
+from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.recent import RECENT
+from weightsmith.checkpoint.tensor import Array, Tensor
+from weightsmith.errors import PlanError
+from weightsmith.kernels.convert import narrow
+
+# Tiles of changes that cost more than a product of factors are kept for the blocks that share them.
+_WIDER = 4
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one adapter does to a tensor.
+
+    Attributes:
+        weight: how much of it is taken: 1 for all.
+        make: reads what the adapter holds, and returns the change.
+    """
+
+    weight: float
+    make: Callable[[], Change]
+
+
+class FoldedTensor(Tensor):
+    """A base's tensor with what adapters do to it: ``W + sum_i w_i (f_i(W) - W)``.
+
+    Rows are formed in tiles that the shape alone decides, not the stretch asked for: a matrix product sums in an order
+    of its own for every number of rows. They are formed in float64, so that the order that a machine's BLAS prefers is
+    lost when the result is rounded.
+
+    Attributes:
+        base: the base's tensor.
+        terms: what adapters do to it.
+    """
+
+    def __init__(self, base: Tensor, terms: Sequence[Term], *, transposed: bool = False) -> None:
+        """Combine a tensor with changes.
+
+        Args:
+            base: the base's tensor; the first axis is the rows that changes speak of, or the last, if transposed.
+            terms: what adapters do to it.
+            transposed: whether the base stores the layer's weight as ``[in, out]``.
+        """
+        self.name = base.name
+        self.shape = base.shape
+        self.dtype = base.dtype
+        self.base = base
+        self.terms = tuple(terms)
+        self._view = Weight(base, transposed=transposed)
+
+    def read(self, start: int, stop: int) -> Array:
+        """See :meth:`Tensor.read`; rounded to the base's dtype."""
+        return narrow(self.read_wide(start, stop), self.dtype)
+
+    def read_wide(self, start: int, stop: int) -> Array:
+        """Return elements ``start`` to ``stop``, not in the base's dtype: ``[n]``, float32 (float64 if the base is)."""
+        working = dtypes.working_dtype([self.dtype])
+        product = self.low_rank()
+        if product is not None:
+            added = tiled(start, stop, product.right.shape[1], len(product.left), product.delta)
+            return narrow(read_wide(self.base, start, stop) + added, working)
+        changes = self._changes()
+        if self._view.transposed or any(change.whole for change in changes):
+            (whole,) = RECENT.get(self, lambda: (narrow(self._whole(changes).reshape(-1), working),), "whole")
+            return whole[start:stop]
+        return narrow(self._of_tiles(changes, start, stop), working)
+
+    def low_rank(self) -> LowRank | None:
+        """Return the product of two factors that is added, in the shape that is stored; None if it is no such product.
+
+        Returns:
+            Factors ``[rows, rank]`` and ``[rank, columns]``, of the matrix ``[first axis, everything else]``.
+        """
+        changes = self._changes()
+        products = [change for change in changes if isinstance(change, LowRank)]
+        if len(products) < len(changes):
+            return None
+        if len(products) == 1 and self.terms[0].weight == 1 and not self._view.transposed:
+            return products[0]
+        return RECENT.get(self, partial(self._product, products), "product")[0]
+
+    def _product(self, products: Sequence[LowRank]) -> tuple[LowRank]:
+        left = np.concatenate([one.left * term.weight for one, term in zip(products, self.terms, strict=True)], axis=1)
+        right = np.concatenate([one.right for one in products])
+        if self._view.transposed:
+            left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+        return (LowRank(left, right),)
+
+    def _changes(self) -> tuple[Change, ...]:
+        return RECENT.get(self, lambda: tuple(term.make() for term in self.terms))
+
+    def _of_tiles(self, changes: Sequence[Change], start: int, stop: int) -> Array:
+        rows, width = self._view.sides
+        step = tile_rows(width) * _WIDER
+
+        def made(first: int) -> tuple[Array]:
+            last = min(first + step, rows)
+            base = read_wide(self.base, first * width, last * width).reshape(last - first, width)
+            return (self._changed(changes, base, first).reshape(-1),)
+
+        result = np.empty(stop - start)
+        for first in range(start // width // step * step, -(-stop // width), step):
+            (tile,) = RECENT.get(self, partial(made, first), first)
+            begin, end = max(start, first * width), min(stop, first * width + len(tile))
+            result[begin - start : end - start] = tile[begin - first * width : end - first * width]
+        return result
+
+    def _whole(self, changes: Sequence[Change]) -> Array:
+        changed = self._changed(changes, self._view.matrix(), 0)
+        return np.ascontiguousarray(changed.T) if self._view.transposed else changed
+
+    def _changed(self, changes: Sequence[Change], base: Array, start: int) -> Array:
+        if len(changes) == 1 and self.terms[0].weight == 1:
+            return changes[0].rows(base, start)
+        total = base.copy()
+        for term, change in zip(self.terms, changes, strict=True):
+            if isinstance(change, Added):
+                total += term.weight * change.delta(start, start + len(base))
+            else:
+                total += term.weight * (change.rows(base, start) - base)
+        return total
+
+
+def tiled(start: int, stop: int, width: int, rows: int, make: Callable[[int, int], Array]) -> Array:
+    """Return elements of a matrix that is made in tiles of rows, by its shape alone: ``[stop - start]``, float64.
+
+    Args:
+        start: flat index of the first element.
+        stop: flat index after the last.
+        width: columns of the matrix.
+        rows: rows of it.
+        make: returns rows ``first`` to ``last``: ``[last - first, width]``.
+    """
+    step = tile_rows(width)
+    result = np.empty(stop - start)
+    for first in range(start // width // step * step, -(-stop // width), step):
+        last = min(first + step, rows)
+        begin, end = max(start, first * width), min(stop, last * width)
+        tile = make(first, last).reshape(-1)
+        result[begin - start : end - start] = tile[begin - first * width : end - first * width]
+    return result
+
+
+def fold(
+    base: Checkpoint,
+    adapters: Checkpoint | Sequence[Checkpoint],
+    weights: Sequence[float] | None = None,
+    *,
+    name: str | None = None,
+) -> Checkpoint:
+    """Fold adapters into their base, lazily.
+
+    Of several, each one's change is formed on the base alone, and their weighted sum is added to it: the order in which
+    they are named makes no difference.
+
+    Args:
+        base: the model.
+        adapters: one adapter, or several, of any kinds that are known; see docs/guide/adapters.md.
+        weights: how much of each is taken; 1 by default.
+        name: the result's name.
+
+    Returns:
+        The base with the adapters' changes in every tensor that they are for; the rest is the base's own.
+
+    Raises:
+        CheckpointError: if an adapter is of a kind that cannot be folded, or does not fit its own config.
+        PlanError: if the base lacks a tensor that an adapter changes, or it has another shape.
+    """
+    given = [adapters] if isinstance(adapters, Checkpoint) else list(adapters)
+    shares = [1.0] * len(given) if weights is None else list(weights)
+    folding = _Folding(base)
+    for adapter, share in zip(given, shares, strict=True):
+        folding.add(Adapter(adapter), share)
+    files = dict(base.companions.files)
+    for adapter in given:
+        files |= adapter.companions.files
+    return Checkpoint(
+        name or "+".join([base.name, *(adapter.name for adapter in given)]),
+        folding.tensors(),
+        Companions(folding.config, files),
+        base.identities + tuple(identity for adapter in given for identity in adapter.identities),
+        base.components,
+    )
+
+
+class _Folding:
+    """The changes of several adapters, by tensor of the base."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+        self.config: Mapping[str, Any] = base.config
+        self._terms: dict[str, list[Term]] = {}
+        self._transposed: dict[str, bool] = {}
+        # Tensors that the base holds under another name alone: a head that is its embeddings.
+        self._untied: dict[str, str] = {}
+        # Tensors that take another shape with an adapter that brings them whole.
+        self._longer: dict[str, Tensor] = {}
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        """Add an adapter's changes."""
+        sides = {module: self._sides(adapter, module) for module in adapter.modules}
+        told = {fits for fits in sides.values() if fits is not None}
+        (transposed,) = told if len(told) == 1 else (adapter.transposed,)
+        for module, known in sides.items():
+            self._add_layer(adapter, module, weight, transposed=transposed if known is None else known)
+        for name, tensor in adapter.plain.items():
+            self._add_plain(adapter, name, tensor, weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the result's tensors."""
+        tensors: dict[str, Tensor] = dict(self._base)
+        for name, source in self._untied.items():
+            tensors[name] = self._base[source]
+        for name, terms in self._terms.items():
+            tensors[name] = FoldedTensor(self._source(name), terms, transposed=self._transposed.get(name, False))
+        return tensors | self._longer
+
+    def _source(self, name: str) -> Tensor:
+        return self._base[self._untied.get(name, name)]
+
+    def _sides(self, adapter: Adapter, module: str) -> bool | None:
+        """Return whether a layer is stored transposed, where its shape tells: None if both ways fit, or neither."""
+        weight = self._source(self._target(adapter, f"{module}.weight"))
+        if len(weight.shape) != 2:
+            return None
+        straight, turned = (adapter.fits(module, Weight(weight, transposed=side)) for side in (False, True))
+        return None if straight == turned else turned
+
+    def _add_layer(self, adapter: Adapter, module: str, weight: float, *, transposed: bool) -> None:
+        target = self._target(adapter, f"{module}.weight")
+        tensor = self._source(target)
+        if not dtypes.is_float(tensor.dtype):
+            raise PlanError(f"{adapter.name} changes {target}, which is {dtypes.name_of(tensor.dtype)}, not weights")
+        side = transposed and len(tensor.shape) == 2
+        view = Weight(tensor, transposed=side)
+        layer = adapter.layer(module, view)
+        if self._transposed.setdefault(target, side) != side:
+            raise PlanError(f"{adapter.name} takes {target} as stored transposed, and another adapter does not")
+        self._terms.setdefault(target, []).append(Term(weight, partial(adapter.kind.function, layer)))
+        if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
+            return
+        bias = f"{target.removesuffix('.weight')}.bias"
+        if bias not in self._base:
+            raise PlanError(
+                f"{adapter.name} changes the bias of {module}, and {self._base.name} has no {bias}: a layer without "
+                "a bias cannot take it"
+            )
+        assert adapter.kind.bias is not None
+
+        def changed(column: Array) -> Array:
+            assert adapter.kind.bias is not None
+            return adapter.kind.bias(layer, column[:, 0])[:, None]
+
+        self._terms.setdefault(bias, []).append(Term(weight, lambda: Whole(changed)))
+
+    def _add_plain(self, adapter: Adapter, name: str, tensor: Tensor, weight: float) -> None:
+        target = self._target(adapter, name)
+        own = self._source(target)
+        if own.shape != tensor.shape:
+            if weight == 1 and own.shape[1:] == tensor.shape[1:] and target not in self._terms:
+                self._longer[target] = tensor
+                return
+            raise PlanError(
+                f"{adapter.name} brings {target} as {list(tensor.shape)}, and {self._base.name} has it as "
+                f"{list(own.shape)}"
+            )
+        self._terms.setdefault(target, []).append(Term(weight, lambda: _Replaced(tensor)))
+
+    def _target(self, adapter: Adapter, name: str) -> str:
+        """Return the name in the result of a tensor that an adapter changes."""
+        if is_head(name) and name not in self._base:
+            source = tied_source(name, self._base)
+            if source is not None:
+                self._untie(name, source)
+                return name
+        target = find(name, self._base, adapter.name)
+        return target
+
+    def _untie(self, head: str, source: str) -> None:
+        self._untied[head] = source
+        self.config = untie(self.config)
+
+
+class _Replaced(Rows):
+    """Another tensor takes the base's place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        width = tensor.size // max(tensor.shape[0], 1) if tensor.shape else 1
+
+        def rows(base: Array, start: int) -> Array:
+            return read_wide(tensor, start * width, (start + len(base)) * width).reshape(base.shape)
+
+        super().__init__(rows)
