@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from weightsmith import bundle
-    from weightsmith.api import average, diff, merge, merge_recipe, open, plan, save
+    from weightsmith.api import average, diff, fuse, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.engine.arrays import merge_arrays
     from weightsmith.errors import WeightsmithError
@@ -40,6 +40,7 @@ _HOMES = {
     "WeightsmithError": "weightsmith.errors",
     "average": "weightsmith.api",
     "diff": "weightsmith.api",
+    "fuse": "weightsmith.api",
     "load_recipe": "weightsmith.recipe.load",
     "merge": "weightsmith.api",
     "merge_arrays": "weightsmith.engine.arrays",
@@ -68,6 +69,7 @@ __all__ = [
     "average",
     "bundle",
     "diff",
+    "fuse",
     "load_recipe",
     "merge",
     "merge_arrays",

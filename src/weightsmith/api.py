@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.reference import with_adapters
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import Plan
 from weightsmith.errors import MethodError, RecipeError
@@ -216,6 +218,45 @@ def average(models: Sequence[Source], weights: Sequence[float] | None = None) ->
         weights: one number per model; they are divided by their sum. By default all are equal.
     """
     return merge("linear", models, weight=list(weights) if weights is not None else 1.0)
+
+
+def fuse(
+    base: Source,
+    adapters: Source | Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    out_dtype: str | None = None,
+) -> LazyCheckpoint:
+    """Fold adapters into their base: ``W + sum_i w_i (f_i(W) - W)``, with ``f_i(W)`` what adapter i makes of W.
+
+    Args:
+        base: the model.
+        adapters: one adapter, or several, of any kinds that fold (docs/reference/adapters.md). Each one's change is
+            formed on the base alone, so that their order makes no difference.
+        weights: how much of each is taken: one number for all, or one for each; 1 by default.
+        out_dtype: dtype of the output; by default that of the base.
+
+    Raises:
+        MethodError: if there are not as many weights as adapters, or one is not finite.
+        CheckpointError: if an adapter is of a kind that cannot be folded, or does not fit its own config.
+        PlanError: if an adapter does not fit the base.
+    """
+    given = [adapters] if isinstance(adapters, _SOURCES) else list(adapters)
+    shares = [1.0] if weights is None else [float(weight) for weight in weights]
+    if not given or len(shares) not in (1, len(given)) or not all(map(math.isfinite, shares)):
+        raise MethodError(
+            f"there are {len(given)} adapters, and the weights {shares}; give a number for each, or one for all"
+        )
+    if len(shares) == 1:
+        shares *= len(given)
+    if isinstance(base, Checkpoint) or any(isinstance(adapter, Checkpoint) for adapter in given):
+        from weightsmith.adapters.fold import fold
+
+        model: Source = fold(_opened(base), [_opened(adapter) for adapter in given], shares)
+    else:
+        pairs = [(os.fspath(adapter), share) for adapter, share in zip(given, shares, strict=True)]  # type: ignore[arg-type]
+        model = with_adapters(os.fspath(base), pairs)
+    return merge("passthrough", [model], out_dtype=out_dtype)
 
 
 def merge_recipe(recipe: Recipe | str | os.PathLike[str]) -> LazyCheckpoint:

@@ -57,14 +57,14 @@ def model_card(
 
 
 def _hub_ids(reference: str) -> Iterator[str]:
-    """Yield the ids on a hub that a reference names: the model's, and its adapter's."""
+    """Yield the ids on a hub that a reference names: the model's, and its adapters'."""
     try:
         parsed = parse_reference(reference)
     except RecipeError:
         # A name that was given to a checkpoint in memory.
         return
-    for part in (parsed, parsed.adapter):
-        if part is not None and "/" in part.path and is_hub_id(part.path) and not os.path.exists(part.path):
+    for part in (parsed, *(one.reference for one in parsed.adapters)):
+        if "/" in part.path and is_hub_id(part.path) and not os.path.exists(part.path):
             yield part.path
 
 

@@ -298,7 +298,7 @@ def open_task(
         CheckpointError: if there is no such bundle or task, or the base is needed and is not this one.
     """
     parsed = parse_reference(reference)
-    if parsed.adapter is not None or (task is None) == (parsed.task is None):
+    if parsed.adapters or (task is None) == (parsed.task is None):
         raise CheckpointError(f"{parsed}: name a bundle and one of its tasks, once")
     plain = replace(parsed, task=None)
     return open_bundle(str(plain), base=base).task(task or parsed.task or "")

@@ -184,8 +184,8 @@ def default_name(source: Source) -> str:
     """Return the name of a task whose model has none: the last part of its path, or of its adapter's."""
     text = source.name if isinstance(source, Checkpoint) else os.fspath(source)
     parsed = parse_reference(text)
-    while parsed.adapter is not None:
-        parsed = parsed.adapter
+    if parsed.adapters:
+        parsed = parsed.adapters[-1].reference
     return parsed.task or replace(parsed, revision=None).short_name.removesuffix(".safetensors")
 
 

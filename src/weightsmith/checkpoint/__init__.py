@@ -19,21 +19,32 @@ def open_checkpoint(reference: str | os.PathLike[str] | Reference) -> Checkpoint
     """Open a model by its reference, reading headers only.
 
     Args:
-        reference: a folder, a file, a hub id or a URL, with ``@revision``, ``#task`` and ``+adapter`` where they apply.
+        reference: a folder, a file, a hub id or a URL, with ``@revision``, ``#task``,
+            ``+adapter`` and ``+0.5*adapter`` where they apply.
 
     Raises:
         CheckpointError: if there is nothing there that can be read as a checkpoint.
         UnsafeFileError: if a file asks for something that no file of weights should ask for.
     """
     parsed = reference if isinstance(reference, Reference) else parse_reference(reference)
-    model = _open_one(replace(parsed, adapter=None))
-    if parsed.adapter is None:
+    model = _open_one(replace(parsed, adapters=()))
+    adapters = list(parsed.adapters)
+    if adapters and adapters[0].reference.task is not None and adapters[0].weight == 1:
+        model = _open_task(adapters.pop(0).reference, base=model)
+    if not adapters:
         return model
-    if parsed.adapter.task is not None:
-        return _open_task(parsed.adapter, base=model)
     from weightsmith.adapters.fold import fold
 
-    return fold(model, open_checkpoint(parsed.adapter), name=str(parsed))
+    opened = [_open_adapter(one.reference) for one in adapters]
+    return fold(model, opened, [one.weight for one in adapters], name=str(parsed))
+
+
+def _open_adapter(reference: Reference) -> Checkpoint:
+    if reference.task is not None:
+        raise CheckpointError(
+            f"{reference} is a model of a bundle, not an adapter: it stands first behind its base, without a weight"
+        )
+    return open_weights(locate(reference), str(reference))
 
 
 def _open_one(reference: Reference) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from weightsmith.cli.units import size
 if TYPE_CHECKING:
     from weightsmith.engine.executor import Summary
     from weightsmith.engine.progress import ProgressListener
+    from weightsmith.plan.output import Output
 
 
 def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,24 +32,31 @@ def backend_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return device(backend(function))
 
 
-@click.command("merge")
-@click.argument("paths", nargs=-1, metavar="[RECIPE] OUT")
-@recipe_options
-@writing_options
-@memory_option
-@backend_options
-@click.option("--verify", is_flag=True, help="Hash all inputs first, and note the hashes in OUT.")
-@click.option(
-    "--on-nonfinite",
-    type=click.Choice(["error", "warn", "ignore"]),
-    default="error",
-    show_default=True,
-    help="Results that are NaN or infinite where the inputs are not.",
-)
-@click.option("--dry-run", is_flag=True, help="Show the plan and stop, as 'weightsmith plan' does.")
-@click.option("--print-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
-def command(
-    paths: tuple[str, ...],
+def saving_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of commands that write a model of computed weights, as :func:`save` takes them."""
+    options = [
+        writing_options,
+        memory_option,
+        backend_options,
+        click.option("--verify", is_flag=True, help="Hash all inputs first, and note the hashes in OUT."),
+        click.option(
+            "--on-nonfinite",
+            type=click.Choice(["error", "warn", "ignore"]),
+            default="error",
+            show_default=True,
+            help="Results that are NaN or infinite where the inputs are not.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Show the plan and stop, as 'weightsmith plan' does."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def save(
+    output: Output,
+    target: str | None,
+    *,
     shard_size: int,
     threads: int | None,
     memory: int | None,
@@ -58,11 +67,39 @@ def command(
     verify: bool,
     on_nonfinite: Literal["error", "warn", "ignore"],
     dry_run: bool,
-    print_recipe: bool,
     quiet: bool,
     json_log: bool,
-    **described: Any,
 ) -> None:
+    """Write what was computed, and tell of it; or show its plan."""
+    if dry_run or target is None:
+        show_plan(output.plan(shard_size=shard_size), threads=threads, memory=memory, as_json=False, tensors=False)
+        return
+    if not quiet:
+        warn(output.warnings, json_log)
+    summary = output.save(
+        target,
+        shard_size=shard_size,
+        threads=threads,
+        memory=memory,
+        device=device,
+        backend=backend,
+        overwrite=overwrite,
+        restart=restart,
+        verify=verify,
+        on_nonfinite=on_nonfinite,
+        progress=listener_for(quiet=quiet, json_log=json_log),
+    )
+    if not quiet:
+        warn([warning for warning in summary.warnings if warning not in output.warnings], json_log)
+        report(summary, json_log)
+
+
+@click.command("merge")
+@click.argument("paths", nargs=-1, metavar="[RECIPE] OUT")
+@recipe_options
+@saving_options
+@click.option("--print-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
+def command(paths: tuple[str, ...], dry_run: bool, print_recipe: bool, **options: Any) -> None:
     """Merge models by RECIPE into the folder OUT.
 
     \b
@@ -74,6 +111,7 @@ def command(
     .safetensors makes one file of weights alone.
     """
     needs_target = not (dry_run or print_recipe)
+    described = {name: options.pop(name) for name in inspect.signature(read_recipe).parameters if name != "path"}
     by_flags = described["method"] is not None or described["onto"] is not None
     wanted = (0 if by_flags else 1) + (1 if needs_target else 0)
     if len(paths) != wanted and not (not needs_target and len(paths) == wanted + 1):
@@ -89,29 +127,7 @@ def command(
         return
     from weightsmith.api import merge_recipe
 
-    merged = merge_recipe(recipe)
-    if dry_run:
-        plan = merged.plan(shard_size=shard_size)
-        show_plan(plan, threads=threads, memory=memory, as_json=False, tensors=False)
-        return
-    if not quiet:
-        warn(merged.warnings, json_log)
-    summary = merged.save(
-        paths[-1],
-        shard_size=shard_size,
-        threads=threads,
-        memory=memory,
-        device=device,
-        backend=backend,
-        overwrite=overwrite,
-        restart=restart,
-        verify=verify,
-        on_nonfinite=on_nonfinite,
-        progress=listener_for(quiet=quiet, json_log=json_log),
-    )
-    if not quiet:
-        warn([warning for warning in summary.warnings if warning not in merged.warnings], json_log)
-        report(summary, json_log)
+    save(merge_recipe(recipe), None if dry_run else paths[-1], dry_run=dry_run, **options)
 
 
 def listener_for(*, quiet: bool, json_log: bool) -> ProgressListener:

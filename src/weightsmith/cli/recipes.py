@@ -93,6 +93,13 @@ class Bytes(click.ParamType[int]):
         return size
 
 
+def dtype_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option of the output's dtype."""
+    return click.option("--dtype", help="The dtype of the weights that are written; by default that of the base.")(
+        function
+    )
+
+
 def shard_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the option of the shards' size."""
     return click.option(
