@@ -40,7 +40,9 @@ def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
     assert parse_reference(f"{tmp_path}/a#b#one") == Reference(f"{tmp_path}/a#b", task="one")
     (tmp_path / "c+d").mkdir()
     assert parse_reference(f"{tmp_path}/c+d#one") == Reference(f"{tmp_path}/c+d", task="one")
-    assert parse_reference(f"{tmp_path}/c+d#one+lora") == Reference(f"{tmp_path}/c+d", None, (OnTop(Reference("lora")),), "one")
+    assert parse_reference(f"{tmp_path}/c+d#one+lora") == Reference(
+        f"{tmp_path}/c+d", None, (OnTop(Reference("lora")),), "one"
+    )
 
 
 def test_the_short_name_does_not_depend_on_the_folder(tmp_path, monkeypatch):
@@ -52,7 +54,9 @@ def test_the_short_name_does_not_depend_on_the_folder(tmp_path, monkeypatch):
     assert parse_reference("org/a@v1#maths").short_name == "a@v1#maths"
 
 
-@pytest.mark.parametrize("text", ["", " ", "a+", "+a", "a@", "@a", "a@b@c", "a++b", "a+0.5*", "a+1e999*b", "a#", "#a", "a#b#c"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "a+", "+a", "a@", "@a", "a@b@c", "a++b", "a+0.5*", "a+1e999*b", "a#", "#a", "a#b#c"]
+)
 def test_what_cannot_be_meant_is_refused(text):
     with pytest.raises(RecipeError):
         parse_reference(text)

@@ -58,6 +58,14 @@ class Adapter:
         """How a person names it."""
         return self.checkpoint.name
 
+    def saves(self, name: str) -> bool:
+        """Whether a plain tensor was trained (``modules_to_save``), and not only saved with the rest."""
+        saved = self.checkpoint.config.get("modules_to_save")
+        module = name.rpartition(".")[0]
+        return isinstance(saved, list) and any(
+            isinstance(one, str) and (module == one or module.endswith(f".{one}")) for one in saved
+        )
+
     def layer(self, module: str, weight: Weight | None = None) -> Layer:
         """Return one of the layers that it changes, checked as far as headers can tell.
 

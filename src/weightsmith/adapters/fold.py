@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +14,19 @@ from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, find
 from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
 from weightsmith.adapters.layer import Weight, read_wide, tile_rows
-from weightsmith.architecture.config import is_head, tied_source, untie
+from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
+from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import PlanError
 from weightsmith.kernels.convert import narrow
 
+# The head of models that give each token its chance, as transformers names it.
+_HEAD = "lm_head.weight"
+_GENERATES = re.compile("CausalLM|LMHeadModel|ConditionalGeneration|ForMultimodal")
+# Kinds of models that scale what a head sees where it is tied to the embeddings.
+_SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
 # Tiles of changes that cost more than a product of factors are kept for the blocks that share them.
 _WIDER = 4
 
@@ -215,10 +222,13 @@ class _Folding:
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add an adapter's changes."""
         sides = {module: self._sides(adapter, module) for module in adapter.modules}
-        told = {fits for fits in sides.values() if fits is not None}
-        (transposed,) = told if len(told) == 1 else (adapter.transposed,)
         for module, known in sides.items():
-            self._add_layer(adapter, module, weight, transposed=transposed if known is None else known)
+            # Of a square matrix its namesakes in other layers tell, then all others, and at last the config, which PEFT
+            # sets by the layer that it met last.
+            alike = {sides[other] for other in sides if other.rpartition(".")[2] == module.rpartition(".")[2]}
+            told = next((one for one in (alike, set(sides.values())) if len(one - {None}) == 1), {adapter.transposed})
+            (likely,) = told - {None}
+            self._add_layer(adapter, module, weight, transposed=bool(likely if known is None else known))
         for name, tensor in adapter.plain.items():
             self._add_plain(adapter, name, tensor, weight)
 
@@ -229,7 +239,21 @@ class _Folding:
             tensors[name] = self._base[source]
         for name, terms in self._terms.items():
             tensors[name] = FoldedTensor(self._source(name), terms, transposed=self._transposed.get(name, False))
-        return tensors | self._longer
+        if self._longer:
+            tensors |= self._longer
+            self._count_rows(tensors)
+        return tensors
+
+    def _count_rows(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have the config say how many rows its tables of tokens have now."""
+        counts = set(row_counts(self.config))
+        tables = {
+            name: (self._source(name).shape[0], tensor.shape[0])
+            for name, tensor in tensors.items()
+            if name in self._longer
+            or ((is_head(name) or role(name) == "embedding") and tensor.shape and tensor.shape[0] in counts)
+        }
+        self.config, _ = with_rows(self.config, tables)
 
     def _source(self, name: str) -> Tensor:
         return self._base[self._untied.get(name, name)]
@@ -253,6 +277,7 @@ class _Folding:
         if self._transposed.setdefault(target, side) != side:
             raise PlanError(f"{adapter.name} takes {target} as stored transposed, and another adapter does not")
         self._terms.setdefault(target, []).append(Term(weight, partial(adapter.kind.function, layer)))
+        self._keep_head(adapter, target)
         if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
             return
         bias = f"{target.removesuffix('.weight')}.bias"
@@ -270,6 +295,12 @@ class _Folding:
         self._terms.setdefault(bias, []).append(Term(weight, lambda: Whole(changed)))
 
     def _add_plain(self, adapter: Adapter, name: str, tensor: Tensor, weight: float) -> None:
+        if is_head(name) and name not in self._base and not adapter.saves(name):
+            source = tied_source(name, self._base)
+            others = set(adapter.plain) - {name}
+            if source is not None and any(find(one, self._base, adapter.name) == source for one in others):
+                # Saved with the embeddings that it is tied to.
+                return
         target = self._target(adapter, name)
         own = self._source(target)
         if own.shape != tensor.shape:
@@ -281,18 +312,32 @@ class _Folding:
                 f"{list(own.shape)}"
             )
         self._terms.setdefault(target, []).append(Term(weight, lambda: _Replaced(tensor)))
+        if adapter.saves(name):
+            self._keep_head(adapter, target)
 
     def _target(self, adapter: Adapter, name: str) -> str:
         """Return the name in the result of a tensor that an adapter changes."""
         if is_head(name) and name not in self._base:
             source = tied_source(name, self._base)
             if source is not None:
-                self._untie(name, source)
+                self._untie(adapter, name, source)
                 return name
-        target = find(name, self._base, adapter.name)
-        return target
+        return find(name, self._base, adapter.name)
 
-    def _untie(self, head: str, source: str) -> None:
+    def _keep_head(self, adapter: Adapter, target: str) -> None:
+        """Give a head of its own to a model whose head is its embeddings, where an adapter changes those alone."""
+        classes = self.config.get("architectures")
+        generates = isinstance(classes, list) and any(_GENERATES.search(str(one)) for one in classes)
+        if generates and tied_embeddings(self.config) and tied_source(_HEAD, self._base) == target:
+            self._untie(adapter, _HEAD, target)
+
+    def _untie(self, adapter: Adapter, head: str, source: str) -> None:
+        if self.config.get("model_type") in _SCALED:
+            raise PlanError(
+                f"{adapter.name} changes one of {head} and {source}, which are one table in {self._base.name}; models "
+                f"of the kind {self.config['model_type']} scale what a tied head sees, so that two tables would "
+                "compute something else: it cannot be folded exactly"
+            )
         self._untied[head] = source
         self.config = untie(self.config)
 
