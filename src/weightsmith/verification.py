@@ -132,17 +132,16 @@ def reproduce(
         RecipeError: if this version does not understand the recipe.
         PlanError: if the recipe cannot be run any more.
     """
-    from weightsmith.api import merge_recipe
-    from weightsmith.bundle.create import is_recipe, remake
     from weightsmith.engine.backend import choose_backend
     from weightsmith.engine.executor import recompute
     from weightsmith.plan.provenance import hash_inputs
+    from weightsmith.plan.remake import remake
 
     root = Path(path)
     manifest = manifest_of(root)
     count = threads or default_threads()
     chosen = choose_backend(device, backend)
-    merged = remake(manifest.recipe, threads=count) if is_recipe(manifest.recipe) else merge_recipe(manifest.recipe)
+    merged = remake(manifest.recipe, threads=count)
     contents = hash_inputs(merged.identities, count) if manifest.contents else {}
     plan = merged.plan(shard_size=manifest.shard_size, file=None if root.is_dir() else root.name)
     problems = [*_changed_inputs(manifest, plan, contents), *_changed_tensors(manifest, plan)]

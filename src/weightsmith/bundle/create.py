@@ -123,11 +123,6 @@ def one_blas_thread(kind: Kind) -> Iterator[None]:
         yield
 
 
-def is_recipe(text: str) -> bool:
-    """Whether a manifest's recipe is that of a bundle."""
-    return text.startswith("bundle:\n")
-
-
 def remake(text: str, *, threads: int | None = None) -> Making:
     """Return the bundle that a manifest's recipe describes.
 

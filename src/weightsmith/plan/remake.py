@@ -1,0 +1,37 @@
+"""Making an output again from the text in its manifest, whatever it is: a merge, a bundle, an adapter."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+from weightsmith.plan.output import Output
+
+# What a text begins with -> the module whose ``remake(text, threads=…)`` understands it. Recipes of merges have no such
+# key: they are recipes as people write them.
+_MAKERS = {
+    "bundle": "weightsmith.bundle.create",
+}
+
+
+def remake(text: str, *, threads: int | None = None) -> Output:
+    """Return the output that a manifest's text describes, lazily.
+
+    Args:
+        text: what :meth:`Output.to_yaml` gave.
+        threads: how many threads to use where weights must be read to plan.
+
+    Raises:
+        RecipeError: if this version does not understand it.
+        CheckpointError: if an input cannot be read.
+        PlanError: if it cannot be made any more.
+    """
+    key = re.match(r"(\w+):\n", text)
+    home = _MAKERS.get(key[1]) if key is not None else None
+    if home is None:
+        from weightsmith.api import merge_recipe
+
+        return merge_recipe(text)
+    made = importlib.import_module(home).remake(text, threads=threads)
+    assert isinstance(made, Output)
+    return made
