@@ -13,7 +13,7 @@ import numpy as np
 from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, find
 from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
-from weightsmith.adapters.layer import Weight, read_wide, tile_rows
+from weightsmith.adapters.layer import FLOAT64, Weight, read_wide, tile_rows
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
@@ -27,6 +27,8 @@ _HEAD = "lm_head.weight"
 _GENERATES = re.compile("CausalLM|LMHeadModel|ConditionalGeneration|ForMultimodal")
 # Kinds of models that scale what a head sees where it is tied to the embeddings.
 _SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
+# Bytes for an element of a tensor that is worked on whole.
+_WHOLE = 32
 # Tiles of changes that cost more than a product of factors are kept for the blocks that share them.
 _WIDER = 4
 
@@ -38,10 +40,14 @@ class Term:
     Attributes:
         weight: how much of it is taken: 1 for all.
         make: reads what the adapter holds, and returns the change.
+        nbytes: about how many bytes the change takes.
+        whole: whether it needs the whole tensor at once.
     """
 
     weight: float
     make: Callable[[], Change]
+    nbytes: int = 0
+    whole: bool = False
 
 
 class FoldedTensor(Tensor):
@@ -69,6 +75,10 @@ class FoldedTensor(Tensor):
         self.dtype = base.dtype
         self.base = base
         self.terms = tuple(terms)
+        self.whole = base.whole or any(term.whole for term in terms)
+        # Whole: the base, what it becomes, and what is kept of that, or more of what a method needs on its way.
+        own = base.size * _WHOLE if self.whole else 0
+        self.held = base.held + own + sum(term.nbytes for term in terms)
         self._view = Weight(base, transposed=transposed)
 
     def read(self, start: int, stop: int) -> Array:
@@ -276,7 +286,10 @@ class _Folding:
         layer = adapter.layer(module, view)
         if self._transposed.setdefault(target, side) != side:
             raise PlanError(f"{adapter.name} takes {target} as stored transposed, and another adapter does not")
-        self._terms.setdefault(target, []).append(Term(weight, partial(adapter.kind.function, layer)))
+        nbytes = sum(part.size for part in layer.parts.values()) * FLOAT64.itemsize
+        kind = adapter.kind
+        whole = kind.whole(layer) if callable(kind.whole) else kind.whole
+        self._terms.setdefault(target, []).append(Term(weight, partial(kind.function, layer), nbytes, whole))
         self._keep_head(adapter, target)
         if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
             return

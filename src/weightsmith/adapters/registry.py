@@ -33,6 +33,7 @@ class Parameterization:
         refuses: keys of its config -> why no plain weights equal an adapter in which they are set.
         aliases: other names of parts -> the names that the forms use.
         places: the parts that hold places (integers) instead of weights.
+        whole: whether a layer needs its whole weight at once (a :class:`~weightsmith.adapters.change.Whole`).
         check: looks at a layer before anything is read, and raises a CheckpointError where shapes do not fit that the
             forms cannot tell.
         changes_bias: whether a layer of this adapter changes its bias as well.
@@ -49,6 +50,7 @@ class Parameterization:
     refuses: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     places: tuple[str, ...] = ()
+    whole: Callable[[Layer], bool] | bool = False
     check: Callable[[Layer], None] | None = None
     changes_bias: Callable[[Layer], bool] | None = None
     bias: Callable[[Layer, Array], Array] | None = None
@@ -79,6 +81,7 @@ def parameterization(
     refuses: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
     places: tuple[str, ...] = (),
+    whole: Callable[[Layer], bool] | bool = False,
     check: Callable[[Layer], None] | None = None,
     changes_bias: Callable[[Layer], bool] | None = None,
     bias: Callable[[Layer, Array], Array] | None = None,
@@ -98,6 +101,7 @@ def parameterization(
             refuses or {},
             aliases or {},
             places,
+            whole,
             check,
             changes_bias,
             bias,

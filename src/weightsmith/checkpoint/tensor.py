@@ -22,11 +22,15 @@ class Tensor(ABC):
         name: the name under which its checkpoint holds it.
         shape: the lengths of its axes; ``()`` for a scalar.
         dtype: the dtype of the elements.
+        held: about how many bytes stay held between two reads, of what elements are computed from by linear algebra.
+        whole: whether the first read computes all elements.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
+    held: int = 0
+    whole: bool = False
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Array:

@@ -450,7 +450,11 @@ def _place_in_input(task: Task) -> tuple[str, int]:
 
 
 def _takes_matrices(tasks: Iterable[Task]) -> bool:
-    return any(part.reads == "tensor" for task in tasks for part in computed_within(task.tensor))
+    return any(
+        any(part.reads == "tensor" for part in computed_within(task.tensor))
+        or any(part.held for part in stored_within(task.tensor))
+        for task in tasks
+    )
 
 
 def _allocated(path: Path) -> int:

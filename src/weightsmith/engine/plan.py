@@ -232,7 +232,7 @@ def _statistic_memory(task: Task) -> int:
 
 def _task_memory(task: Task) -> int:
     """Estimate the bytes that one thread holds while it works on a task."""
-    held = 0
+    held = sum(part.held for part in stored_within(task.tensor))
     for part in computed_within(task.tensor):
         elements = max(min(part.size, max(BLOCK, SWEEP)), part.columns)
         held += elements * part.working.itemsize * (len(part.inputs) + _TEMPORARIES)
@@ -241,7 +241,7 @@ def _task_memory(task: Task) -> int:
 
 def matrix_memory(task: Task) -> int:
     """Estimate the bytes that a task holds that works on whole matrices; 0 for any other."""
-    held = 0
+    held = sum(part.held for part in stored_within(task.tensor) if part.whole)
     for part in computed_within(task.tensor):
         if part.reads == "tensor":
             # In the end base, change and result; or of a method that says nothing, what others' blocks take.
