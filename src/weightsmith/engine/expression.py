@@ -21,10 +21,12 @@ class Group:
     Attributes:
         members: the tensors, in order.
         size: number of elements in all of them.
+        kept: the statistic by this group's id, once a tensor of several was read from Python.
     """
 
     def __init__(self) -> None:
         self.members: list[Computed] = []
+        self.kept: dict[int, Any] = {}
         self._offsets: dict[int, int] = {}
         self.size = 0
 
@@ -120,7 +122,15 @@ class Computed(Tensor):
         from weightsmith.engine.evaluate import Evaluator
         from weightsmith.kernels.convert import narrow
 
-        return narrow(Evaluator().values(self, start, stop), self.dtype)
+        groups = [part.group for part in computed_within(self) if len(part.group.members) > 1]
+        known: dict[int, Any] = {}
+        for group in groups:
+            known |= group.kept
+        values = Evaluator(known).values(self, start, stop)
+        # What ranges over other tensors as well is not gathered again for each of them.
+        for group in groups:
+            group.kept = {id(group): known[id(group)]} if id(group) in known else {}
+        return narrow(values, self.dtype)
 
 
 def carried(tensor: Tensor, dtype: DType) -> Tensor | None:
