@@ -12,7 +12,7 @@ import pytest
 import weightsmith as ws
 from conftest import write_safetensors
 from weightsmith.cli.main import main
-from weightsmith.errors import MethodError, PlanError
+from weightsmith.errors import CheckpointError, MethodError, PlanError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -184,6 +184,14 @@ def test_a_weight_of_nothing_leaves_the_base(write_model, tmp_path):
     base = write_model("base", {"l.weight": weight()})
     adapter, _ = write_adapter(tmp_path / "a", 1, dora=True)
     assert np.array_equal(ws.fuse(base, adapter, [0])["l.weight"].numpy(), weight())
+
+
+def test_an_adapter_is_no_base(write_model, tmp_path):
+    adapter, _ = write_adapter(tmp_path / "a", 1)
+    with pytest.raises(PlanError, match="is an adapter itself"):
+        ws.fuse(adapter, adapter)
+    with pytest.raises(CheckpointError, match="is no adapter"):
+        ws.fuse(adapter.parent / "base", write_model("base", {"l.weight": weight()}))
 
 
 @pytest.mark.parametrize("weights", [[1, 2, 3], [], [float("nan"), 1]])

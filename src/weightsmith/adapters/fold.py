@@ -17,7 +17,7 @@ from weightsmith.adapters.layer import FLOAT64, Weight, read_wide, tile_rows
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
-from weightsmith.checkpoint.recent import RECENT
+from weightsmith.checkpoint.recent import RECENT, Recent
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import PlanError
 from weightsmith.kernels.convert import narrow
@@ -29,8 +29,9 @@ _GENERATES = re.compile("CausalLM|LMHeadModel|ConditionalGeneration|ForMultimoda
 _SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
 # Bytes for an element of a tensor that is worked on whole.
 _WHOLE = 32
-# Tiles of changes that cost more than a product of factors are kept for the blocks that share them.
+# Tiles of changes that cost more than a product of factors are kept for the blocks that share them, a few at a time.
 _WIDER = 4
+_TILES = Recent(32_000_000)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class FoldedTensor(Tensor):
 
         result = np.empty(stop - start)
         for first in range(start // width // step * step, -(-stop // width), step):
-            (tile,) = RECENT.get(self, partial(made, first), first)
+            (tile,) = _TILES.get(self, partial(made, first), first)
             begin, end = max(start, first * width), min(stop, first * width + len(tile))
             result[begin - start : end - start] = tile[begin - first * width : end - first * width]
         return result
@@ -199,6 +200,8 @@ def fold(
         CheckpointError: if an adapter is of a kind that cannot be folded, or does not fit its own config.
         PlanError: if the base lacks a tensor that an adapter changes, or it has another shape.
     """
+    if base.is_adapter:
+        raise PlanError(f"{base.name} is an adapter itself: name the model that it was trained on as the base")
     given = [adapters] if isinstance(adapters, Checkpoint) else list(adapters)
     shares = [1.0] * len(given) if weights is None else list(weights)
     folding = _Folding(base)
