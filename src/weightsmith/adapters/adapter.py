@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from weightsmith import dtypes
 from weightsmith.adapters.change import Change, LowRank
-from weightsmith.adapters.forms import Shape
+from weightsmith.adapters.forms import Shape, declared
 from weightsmith.adapters.layer import Layer, Weight
 from weightsmith.adapters.registry import Parameterization, get_parameterization
 from weightsmith.adapters.settings import Setting, Settings
@@ -125,12 +125,12 @@ class Adapter:
 
     def _misfit(self, module: str, weight: Weight | None) -> Exception:
         parts = self.modules[module]
-        forms = [form for form in self.kind.forms if set(form.parts) <= set(parts) <= form.names]
+        forms = [form for form in self.kind.forms if form.holds(parts)]
         alike = [form for form in forms if weight is not None and form.axes(weight.shape)]
         if not forms:
             return CheckpointError(
                 f"{self.name} has only {' and '.join(sorted(parts))} for {module}; {self.kind.title} needs "
-                f"{_either(form.parts for form in self.kind.forms)}"
+                f"{_either(form.parts for form in self.kind.forms)}{self._remedy}"
             )
         held = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
         wanted = "; or ".join(str(form) for form in alike or forms)
@@ -146,9 +146,10 @@ class Adapter:
         origin: dict[tuple[str, str], str] = {}
         for key, tensor in self.checkpoint.items():
             bare = key.removeprefix("base_model.").removeprefix("model.").removesuffix(".weight")
-            if bare in self.kind.shared:
+            head = bare.partition(".")[0]
+            if head in self.kind.shared:
                 self.shared[bare] = tensor
-                self._check(bare, tensor)
+                self._check(bare, tensor, head)
                 continue
             found = self._split(key, heads)
             if found is None:
@@ -158,8 +159,20 @@ class Adapter:
             first = origin.setdefault(found, key)
             if first != key:
                 raise CheckpointError(f"{self.name} holds {part} of {module} twice, as {first} and as {key}")
-            self._check(f"{part} of {module}", tensor, place=part in self.kind.places)
+            self._check(f"{part} of {module}", tensor, part)
             self.modules.setdefault(module, {})[part] = tensor
+        heads = {name.partition(".")[0] for name in self.shared}
+        if heads and not self.modules:
+            raise CheckpointError(f"{self.name} holds nothing for any layer{self._remedy}")
+        absent = [part for part in self.kind.shared if part not in heads]
+        if absent:
+            raise CheckpointError(
+                f"{self.name} does not hold {' and '.join(absent)}, which all its layers need{self._remedy}"
+            )
+
+    @property
+    def _remedy(self) -> str:
+        return f"; {self.kind.lacking}" if self.kind.lacking else ""
 
     def _keep_plain(self, key: str, tensor: Tensor) -> None:
         stems = {part.partition("_")[0] + "_" for part in self.kind.parts if "_" in part}
@@ -178,12 +191,14 @@ class Adapter:
                 rest = [word for word in words[place + 1 :] if word != "default"]
                 part = ".".join([words[place], *(rest[:-1] if rest[-1:] == ["weight"] else rest)])
                 part = self.kind.aliases.get(part, part)
-                if part in self.kind.parts:
+                if declared(part) in self.kind.parts:
                     return plain_name(".".join(words[:place])), part
         return None
 
-    def _check(self, what: str, tensor: Tensor, *, place: bool = False) -> None:
-        if not tensor.size or not (place or dtypes.is_float(tensor.dtype)):
+    def _check(self, what: str, tensor: Tensor, part: str) -> None:
+        place = part in self.kind.places
+        full = tensor.size > 0 or part in self.kind.empty
+        if not full or not (place or dtypes.is_float(tensor.dtype)):
             raise CheckpointError(
                 f"{self.name}: {what} is {dtypes.name_of(tensor.dtype)} {list(tensor.shape)}; "
                 f"{'places' if place else 'floats'} are needed, and not none of them"

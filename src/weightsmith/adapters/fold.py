@@ -291,13 +291,16 @@ class _Folding:
             raise PlanError(f"{adapter.name} takes {target} as stored transposed, and another adapter does not")
         nbytes = sum(part.size for part in layer.parts.values()) * FLOAT64.itemsize
         kind = adapter.kind
-        whole = kind.whole(layer) if callable(kind.whole) else kind.whole
-        self._terms.setdefault(target, []).append(Term(weight, partial(kind.function, layer), nbytes, whole))
-        self._keep_head(adapter, target)
+        if not kind.bias_alone:
+            whole = kind.whole(layer) if callable(kind.whole) else kind.whole
+            self._terms.setdefault(target, []).append(Term(weight, partial(kind.function, layer), nbytes, whole))
+            self._keep_head(adapter, target)
         if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
             return
         bias = f"{target.removesuffix('.weight')}.bias"
         if bias not in self._base:
+            if adapter.kind.bias_if_any:
+                return
             raise PlanError(
                 f"{adapter.name} changes the bias of {module}, and {self._base.name} has no {bias}: a layer without "
                 "a bias cannot take it"

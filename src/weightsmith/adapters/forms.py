@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
@@ -12,8 +14,10 @@ Shape = tuple[int, ...]
 class Form:
     """One way in which a kind of adapter is laid out, as shapes with names for lengths.
 
-    A shape is text: ``"out in"``, ``"out r 1 1"``. Equal names stand for equal lengths; a number stands for itself.
-    ``...`` as the last part of a shape stands for all axes that are left, the same ones wherever it appears.
+    A shape is text: ``"out in"``, ``"out r 1 1"``. Equal names stand for equal lengths; a number stands for itself, and
+    ``k*b`` for a product of lengths that have their names elsewhere. ``...`` as the last part of a shape stands for all
+    axes that are left, the same ones wherever it appears. A part whose name ends in ``.*`` may be there any number of
+    times, numbered from 0: ``blocks.*`` are ``blocks.0``, ``blocks.1``.
 
     Attributes:
         weight: the shape of the weight.
@@ -40,17 +44,21 @@ class Form:
         Returns:
             Name -> lengths: one, or any number for ``...``.
         """
-        if not set(self.parts) <= set(shapes) <= self.names:
+        if not self.holds(shapes):
             return None
         lengths: dict[str, Shape] = {}
+        products: list[tuple[str, int]] = []
+        texts = {**self.parts, **self.optional}
         pairs = [(self.weight, weight)] if weight is not None else []
-        pairs += [
-            (text, shapes[part]) for part, text in (*self.parts.items(), *self.optional.items()) if part in shapes
-        ]
+        pairs += [(texts[declared(part)], shape) for part, shape in shapes.items()]
         for text, shape in pairs:
-            if not _bind(text.split(), shape, lengths):
+            if not _bind(text.split(), shape, lengths, products):
                 return None
-        return lengths
+        return lengths if all(_length(word, lengths) == length for word, length in products) else None
+
+    def holds(self, parts: Iterable[str]) -> bool:
+        """Whether these are parts of this form, and all that it needs."""
+        return set(self.parts) <= {declared(part) for part in parts} <= self.names
 
     def axes(self, weight: Shape) -> bool:
         """Whether it is of weights of as many axes."""
@@ -61,9 +69,14 @@ class Form:
         """Return the weight's shape by the lengths that were found, or None if they do not tell."""
         shape: Shape = ()
         for word in self.weight.split():
-            if word not in lengths and not word.isdigit():
+            if word == "...":
+                known: Shape | None = lengths.get(word)
+            else:
+                length = _length(word, lengths)
+                known = None if length is None else (length,)
+            if known is None:
                 return None
-            shape += (int(word),) if word.isdigit() else lengths[word]
+            shape += known
         return shape
 
     def __str__(self) -> str:
@@ -78,7 +91,18 @@ def form(weight: str, *, optional: Mapping[str, str] | None = None, **parts: str
     return Form(weight, parts, optional or {})
 
 
-def _bind(words: list[str], shape: Shape, lengths: dict[str, Shape]) -> bool:
+def declared(part: str) -> str:
+    """Return the name by which forms speak of a part: of ``blocks.3`` that is ``blocks.*``."""
+    return re.sub(r"\.[0-9]+$", ".*", part)
+
+
+def _length(word: str, lengths: Mapping[str, Shape]) -> int | None:
+    """Return a length by its name, a number or a product; None if a name is not known."""
+    factors = [(int(name),) if name.isdigit() else lengths.get(name) for name in word.split("*")]
+    return None if None in factors else math.prod(factor[0] for factor in factors if factor is not None)
+
+
+def _bind(words: list[str], shape: Shape, lengths: dict[str, Shape], products: list[tuple[str, int]]) -> bool:
     if words[-1:] == ["..."]:
         words, rest = words[:-1], shape[len(words) - 1 :]
         if len(shape) < len(words) or lengths.setdefault("...", rest) != rest:
@@ -90,6 +114,8 @@ def _bind(words: list[str], shape: Shape, lengths: dict[str, Shape]) -> bool:
         if word.isdigit():
             if int(word) != length:
                 return False
+        elif "*" in word:
+            products.append((word, length))
         elif lengths.setdefault(word, (length,)) != (length,):
             return False
     return True

@@ -119,6 +119,18 @@ class Layer:
         tensor = self._tensor(part)
         return read_wide(tensor, 0, tensor.size).reshape(tensor.shape)
 
+    def numbered(self, part: str) -> list[Array]:
+        """Read all parts of a name that ends in a number, in order: ``part.0``, ``part.1`` and so on.
+
+        Raises:
+            CheckpointError: if a number is missing.
+        """
+        names = {name for name in self.parts if name.startswith(f"{part}.")}
+        wanted = [f"{part}.{number}" for number in range(len(names))]
+        if names != set(wanted):
+            raise self.error(f"it has {', '.join(sorted(names))}, which are not numbered from 0 to {len(names) - 1}")
+        return [self.array(name) for name in wanted]
+
     def integers(self, part: str, stop: int) -> Array:
         """Read a part that holds places: int64, in its shape.
 
@@ -187,13 +199,18 @@ class Layer:
     def number(self, name: str) -> float:
         """Return a setting that is a number."""
         value = self._settings.value(name, self.name)
-        if value is None:
+        if value is None or isinstance(value, tuple):
             raise self.error(f"adapter_config.json must give {name}, a number")
         return float(value)
 
     def whole(self, name: str) -> int:
         """Return a setting that is a whole number."""
         return int(self.number(name))
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """Return a setting that is a list of whole numbers."""
+        value = self._settings.value(name, self.name)
+        return value if isinstance(value, tuple) else ()
 
     def flag(self, name: str) -> bool:
         """Return a setting that is true or false."""

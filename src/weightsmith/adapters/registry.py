@@ -34,10 +34,14 @@ class Parameterization:
         aliases: other names of parts -> the names that the forms use.
         places: the parts that hold places (integers) instead of weights.
         whole: whether a layer needs its whole weight at once (a :class:`~weightsmith.adapters.change.Whole`).
+        empty: the parts that may be of length 0.
+        lacking: what to do about a file without parts that whoever wrote it may have left out.
         check: looks at a layer before anything is read, and raises a CheckpointError where shapes do not fit that the
             forms cannot tell.
         changes_bias: whether a layer of this adapter changes its bias as well.
         bias: returns the new bias ``[out]`` for the old one, float64.
+        bias_alone: whether it changes biases, and no weights.
+        bias_if_any: whether a layer without a bias that would change stays without one, which is an error otherwise.
         source: where it is published.
     """
 
@@ -51,9 +55,13 @@ class Parameterization:
     aliases: Mapping[str, str] = field(default_factory=dict)
     places: tuple[str, ...] = ()
     whole: Callable[[Layer], bool] | bool = False
+    empty: tuple[str, ...] = ()
+    lacking: str = ""
     check: Callable[[Layer], None] | None = None
     changes_bias: Callable[[Layer], bool] | None = None
     bias: Callable[[Layer, Array], Array] | None = None
+    bias_alone: bool = False
+    bias_if_any: bool = False
     source: str = ""
 
     @property
@@ -82,9 +90,13 @@ def parameterization(
     aliases: Mapping[str, str] | None = None,
     places: tuple[str, ...] = (),
     whole: Callable[[Layer], bool] | bool = False,
+    empty: tuple[str, ...] = (),
+    lacking: str = "",
     check: Callable[[Layer], None] | None = None,
     changes_bias: Callable[[Layer], bool] | None = None,
     bias: Callable[[Layer, Array], Array] | None = None,
+    bias_alone: bool = False,
+    bias_if_any: bool = False,
 ) -> Callable[[Callable[[Layer], Change]], Callable[[Layer], Change]]:
     """Register a kind of adapter; the arguments are the attributes of :class:`Parameterization`."""
 
@@ -96,16 +108,20 @@ def parameterization(
             title,
             function,
             forms,
-            shared,
-            settings,
-            refuses or {},
-            aliases or {},
-            places,
-            whole,
-            check,
-            changes_bias,
-            bias,
-            source,
+            shared=shared,
+            settings=settings,
+            refuses=refuses or {},
+            aliases=aliases or {},
+            places=places,
+            whole=whole,
+            empty=empty,
+            lacking=lacking,
+            check=check,
+            changes_bias=changes_bias,
+            bias=bias,
+            bias_alone=bias_alone,
+            bias_if_any=bias_if_any,
+            source=source,
         )
         return function
 
@@ -134,9 +150,15 @@ def get_parameterization(owner: str, peft_type: object) -> Parameterization:
         raise CheckpointError(f"{owner} is no adapter: it has no adapter_config.json with a peft_type")
     if not isinstance(peft_type, str) or peft_type not in known:
         kind = peft_type[:40] if isinstance(peft_type, str) else shown(peft_type)
-        reason = NOT_WEIGHTS.get(kind)
-        if reason is not None:
-            raise CheckpointError(f"{owner} is an adapter of the kind {kind}, which no plain weights equal: {reason}")
+        if kind in NOT_WEIGHTS:
+            raise CheckpointError(
+                f"{owner} is an adapter of the kind {kind}, which no plain weights equal: {NOT_WEIGHTS[kind]}"
+            )
+        if kind in NOT_IN_FILE:
+            raise CheckpointError(
+                f"{owner} is an adapter of the kind {kind}, whose file does not hold all that its weights are made "
+                f"from: {NOT_IN_FILE[kind]}. Merge it with PEFT (merge_and_unload) where it was trained"
+            )
         raise CheckpointError(
             f"{owner} is an adapter of the kind {kind}, of which nothing is known{did_you_mean(kind, known)}; known "
             f"are {', '.join(sorted(known))}"
@@ -156,4 +178,17 @@ NOT_WEIGHTS = {
     "ADAPTION_PROMPT": "it adds attended tokens behind a gate to the attention, and leaves the weights as they are",
     "XLORA": "a gate mixes its experts anew for every token",
     "POLY": "a router mixes its skills anew for every task",
+    "LILY": "a router mixes its experts anew for every input",
+    "SHADOW": "a network of its own runs beside the model, and adds to the states between its layers",
+}
+# Kinds of PEFT that equal plain weights, which their files do not tell.
+NOT_IN_FILE = {
+    "PSOFT": (
+        "its frozen factors are found anew from the base by a singular value decomposition, and the signs of singular "
+        "vectors, on which the weights depend, are whatever the machine's library makes them"
+    ),
+    "ADAMSS": (
+        "the rows that each of its subspaces changes are found anew from the base, by clustering a random projection "
+        "of it"
+    ),
 }

@@ -9,8 +9,14 @@ from typing import Any, Literal
 from weightsmith.adapters.patterns import Patterns
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
-Value = float | int | bool | str | None
-_KINDS = {"number": "number", "whole": "whole number", "flag": "true or false", "text": "text"}
+Value = float | int | bool | str | tuple[int, ...] | None
+_KINDS = {
+    "number": "number",
+    "whole": "whole number",
+    "wholes": "list of whole numbers",
+    "flag": "true or false",
+    "text": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Setting:
     """
 
     name: str
-    kind: Literal["number", "whole", "flag", "text"]
+    kind: Literal["number", "whole", "wholes", "flag", "text"]
     default: Value
     about: str
     patterns: str | None = None
@@ -45,10 +51,10 @@ class Setting:
             good = isinstance(value, bool) or value in (0, 1)
         elif self.kind == "text":
             good = isinstance(value, str) and len(value) < 200
+        elif self.kind == "wholes":
+            good = isinstance(value, list | tuple) and all(_is_number(one) and one == int(one) for one in value)
         else:
-            # Written so, NaN and whole numbers beyond a float's range are refused as well.
-            good = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e18
-            good = good and (self.kind == "number" or value == int(value))
+            good = _is_number(value) and (self.kind == "number" or value == int(value))
         if not good:
             raise CheckpointError(
                 f"{owner}: adapter_config.json gives {key or self.name} as {shown(value)}, which is no "
@@ -61,6 +67,8 @@ class Setting:
             )
         if self.kind == "flag":
             return bool(value)
+        if self.kind == "wholes":
+            return tuple(int(one) for one in value)
         return int(value) if self.kind == "whole" else value
 
 
@@ -92,6 +100,11 @@ class Settings:
         if name in self._patterns and isinstance(value, int | float):
             return self._patterns[name].value(module, value)
         return value
+
+
+def _is_number(value: Any) -> bool:
+    # Written so, NaN and whole numbers beyond a float's range are refused as well.
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e18
 
 
 def _patterns(owner: str, setting: Setting, given: Any) -> Patterns:
