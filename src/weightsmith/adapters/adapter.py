@@ -117,8 +117,9 @@ class Adapter:
 
     def _fit(self, module: str, weight: Weight | None) -> tuple[Mapping[str, Shape], Shape | None] | None:
         shapes = {part: tensor.shape for part, tensor in self.modules[module].items()}
+        shared = {part: tensor.shape for part, tensor in self.shared.items()}
         for form in self.kind.forms:
-            lengths = form.fit(weight.shape if weight is not None else None, shapes)
+            lengths = form.fit(weight.shape if weight is not None else None, shapes, shared)
             if lengths is not None:
                 return lengths, weight.shape if weight is not None else form.weight_shape(lengths)
         return None
@@ -132,7 +133,7 @@ class Adapter:
                 f"{self.name} has only {' and '.join(sorted(parts))} for {module}; {self.kind.title} needs "
                 f"{_either(form.parts for form in self.kind.forms)}{self._remedy}"
             )
-        held = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+        held = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in (*parts.items(), *self.shared.items()))
         wanted = "; or ".join(str(form) for form in alike or forms)
         if weight is None:
             return CheckpointError(f"{self.name}: {module}: {held} do not fit one another; needed is {wanted}")
@@ -161,13 +162,17 @@ class Adapter:
                 raise CheckpointError(f"{self.name} holds {part} of {module} twice, as {first} and as {key}")
             self._check(f"{part} of {module}", tensor, part)
             self.modules.setdefault(module, {})[part] = tensor
+        if self.kind.lacking:
+            self._check_complete()
+
+    def _check_complete(self) -> None:
         heads = {name.partition(".")[0] for name in self.shared}
         if heads and not self.modules:
             raise CheckpointError(f"{self.name} holds nothing for any layer{self._remedy}")
         absent = [part for part in self.kind.shared if part not in heads]
         if absent:
             raise CheckpointError(
-                f"{self.name} does not hold {' and '.join(absent)}, which all its layers need{self._remedy}"
+                f"{self.name} does not hold {' and '.join(absent)}, which its layers share{self._remedy}"
             )
 
     @property
@@ -197,7 +202,7 @@ class Adapter:
 
     def _check(self, what: str, tensor: Tensor, part: str) -> None:
         place = part in self.kind.places
-        full = tensor.size > 0 or part in self.kind.empty
+        full = tensor.size > 0 or self.kind.may_be_empty
         if not full or not (place or dtypes.is_float(tensor.dtype)):
             raise CheckpointError(
                 f"{self.name}: {what} is {dtypes.name_of(tensor.dtype)} {list(tensor.shape)}; "

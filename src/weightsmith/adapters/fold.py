@@ -299,7 +299,7 @@ class _Folding:
             return
         bias = f"{target.removesuffix('.weight')}.bias"
         if bias not in self._base:
-            if adapter.kind.bias_if_any:
+            if not adapter.kind.needs_bias:
                 return
             raise PlanError(
                 f"{adapter.name} changes the bias of {module}, and {self._base.name} has no {bias}: a layer without "

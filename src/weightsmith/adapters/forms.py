@@ -23,23 +23,28 @@ class Form:
         weight: the shape of the weight.
         parts: part -> its shape, of the parts that must be there.
         optional: part -> its shape, of those that may be there.
+        shared: part -> its shape, of those that all layers share.
     """
 
     weight: str
     parts: Mapping[str, str]
     optional: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
         """All parts that it may have."""
         return {*self.parts, *self.optional}
 
-    def fit(self, weight: Shape | None, shapes: Mapping[str, Shape]) -> dict[str, Shape] | None:
+    def fit(
+        self, weight: Shape | None, shapes: Mapping[str, Shape], shared: Mapping[str, Shape]
+    ) -> dict[str, Shape] | None:
         """Return the lengths by their names, or None if these shapes are not of this form.
 
         Args:
             weight: the weight's shape; None if there is no base.
             shapes: the shapes of all parts that are there.
+            shared: the shapes of what all layers share.
 
         Returns:
             Name -> lengths: one, or any number for ``...``.
@@ -51,6 +56,7 @@ class Form:
         texts = {**self.parts, **self.optional}
         pairs = [(self.weight, weight)] if weight is not None else []
         pairs += [(texts[declared(part)], shape) for part, shape in shapes.items()]
+        pairs += [(text, shared[part]) for part, text in self.shared.items()]
         for text, shape in pairs:
             if not _bind(text.split(), shape, lengths, products):
                 return None
@@ -83,12 +89,15 @@ class Form:
         """Return it as one line, for errors and pages."""
         parts = [f"{name} [{', '.join(text.split())}]" for name, text in self.parts.items()]
         parts += [f"perhaps {name} [{', '.join(text.split())}]" for name, text in self.optional.items()]
+        parts += [f"shared {name} [{', '.join(text.split())}]" for name, text in self.shared.items()]
         return f"a weight [{', '.join(self.weight.split())}] with " + ", ".join(parts)
 
 
-def form(weight: str, *, optional: Mapping[str, str] | None = None, **parts: str) -> Form:
+def form(
+    weight: str, *, optional: Mapping[str, str] | None = None, shared: Mapping[str, str] | None = None, **parts: str
+) -> Form:
     """Return a form: ``form("out in", lora_A="r in", lora_B="out r")``."""
-    return Form(weight, parts, optional or {})
+    return Form(weight, parts, optional or {}, shared or {})
 
 
 def declared(part: str) -> str:

@@ -207,6 +207,10 @@ class Layer:
         """Return a setting that is a whole number."""
         return int(self.number(name))
 
+    def given(self, name: str) -> bool:
+        """Whether a setting has a value."""
+        return self._settings.value(name, self.name) is not None
+
     def wholes(self, name: str) -> tuple[int, ...]:
         """Return a setting that is a list of whole numbers."""
         value = self._settings.value(name, self.name)

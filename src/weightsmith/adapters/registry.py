@@ -15,7 +15,7 @@ from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
 # The modules of weightsmith.adapters.kinds, in the order in which pages list them.
-_FAMILIES = ("low_rank",)
+_FAMILIES = ("low_rank", "factors", "sparse", "circular", "multiplied", "subspaces", "replaced")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Parameterization:
         aliases: other names of parts -> the names that the forms use.
         places: the parts that hold places (integers) instead of weights.
         whole: whether a layer needs its whole weight at once (a :class:`~weightsmith.adapters.change.Whole`).
-        empty: the parts that may be of length 0.
         lacking: what to do about a file without parts that whoever wrote it may have left out.
         check: looks at a layer before anything is read, and raises a CheckpointError where shapes do not fit that the
             forms cannot tell.
         changes_bias: whether a layer of this adapter changes its bias as well.
         bias: returns the new bias ``[out]`` for the old one, float64.
+        needs_bias: whether a layer whose bias changes must have one.
         bias_alone: whether it changes biases, and no weights.
-        bias_if_any: whether a layer without a bias that would change stays without one, which is an error otherwise.
+        may_be_empty: whether a part may hold nothing.
         source: where it is published.
     """
 
@@ -55,13 +55,13 @@ class Parameterization:
     aliases: Mapping[str, str] = field(default_factory=dict)
     places: tuple[str, ...] = ()
     whole: Callable[[Layer], bool] | bool = False
-    empty: tuple[str, ...] = ()
     lacking: str = ""
     check: Callable[[Layer], None] | None = None
     changes_bias: Callable[[Layer], bool] | None = None
     bias: Callable[[Layer, Array], Array] | None = None
+    needs_bias: bool = True
     bias_alone: bool = False
-    bias_if_any: bool = False
+    may_be_empty: bool = False
     source: str = ""
 
     @property
@@ -90,13 +90,13 @@ def parameterization(
     aliases: Mapping[str, str] | None = None,
     places: tuple[str, ...] = (),
     whole: Callable[[Layer], bool] | bool = False,
-    empty: tuple[str, ...] = (),
     lacking: str = "",
     check: Callable[[Layer], None] | None = None,
     changes_bias: Callable[[Layer], bool] | None = None,
     bias: Callable[[Layer, Array], Array] | None = None,
+    needs_bias: bool = True,
     bias_alone: bool = False,
-    bias_if_any: bool = False,
+    may_be_empty: bool = False,
 ) -> Callable[[Callable[[Layer], Change]], Callable[[Layer], Change]]:
     """Register a kind of adapter; the arguments are the attributes of :class:`Parameterization`."""
 
@@ -114,13 +114,13 @@ def parameterization(
             aliases=aliases or {},
             places=places,
             whole=whole,
-            empty=empty,
             lacking=lacking,
             check=check,
             changes_bias=changes_bias,
             bias=bias,
+            needs_bias=needs_bias,
             bias_alone=bias_alone,
-            bias_if_any=bias_if_any,
+            may_be_empty=may_be_empty,
             source=source,
         )
         return function
