@@ -41,6 +41,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shira": ("Shira", {"r": 2, **LINEAR}),
     "supertuning": ("Supertuning", {"sparsity": 0.9, **LINEAR}),
     "supra": ("Supertuning", {"sparsity": 0.8, "r": 3, "lora_alpha": 5, "select_top": False, **LINEAR}),
+    "waveft": ("WaveFT", {"n_frequency": 40, "n_frequency_pattern": {"down": 30}, "scaling": 3.0, **LINEAR}),
+    "waveft turned": ("WaveFT", {"n_frequency": 40, "target_modules": ["turned"]}),
+    "waveft in proportion": ("WaveFT", {"n_frequency": 20, "proportional_parameters": True, **LINEAR}),
+    "waveft of entries": ("WaveFT", {"n_frequency": 20, "use_idwt": False, "random_loc_seed": 5, **LINEAR}),
     "c3a": ("C3A", {"block_size": 6, "block_size_pattern": {"down": 4}, **LINEAR}),
     "road 1": ("Road", {"variant": "road_1", "group_size": 4, **LINEAR}),
     "road 2": ("Road", {"variant": "road_2", "group_size": 6, **LINEAR}),
@@ -78,6 +82,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "trainable tokens": ("TrainableTokens", {"token_indices": [7, 1, 4], "target_modules": ["embed"]}),
     "beft": ("Beft", {"target_modules": ["up"]}),
 }
+for family in ("db2", "db7", "db10", "sym4", "sym9", "coif1", "coif3", "coif4"):
+    CASES[f"waveft {family}"] = ("WaveFT", {"n_frequency": 100, "wavelet_family": family, **LINEAR})
 for act in (
     "gelu",
     "gelu_10",

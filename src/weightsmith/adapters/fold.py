@@ -294,7 +294,8 @@ class _Folding:
         if not kind.bias_alone:
             whole = kind.whole(layer) if callable(kind.whole) else kind.whole
             self._terms.setdefault(target, []).append(Term(weight, partial(kind.function, layer), nbytes, whole))
-            self._keep_head(adapter, target)
+            if not kind.with_head:
+                self._keep_head(adapter, target)
         if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
             return
         bias = f"{target.removesuffix('.weight')}.bias"

@@ -15,7 +15,7 @@ from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
 # The modules of weightsmith.adapters.kinds, in the order in which pages list them.
-_FAMILIES = ("low_rank", "factors", "sparse", "circular", "multiplied", "subspaces", "replaced")
+_FAMILIES = ("low_rank", "factors", "sparse", "wavelets", "circular", "multiplied", "subspaces", "replaced")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Parameterization:
         bias: returns the new bias ``[out]`` for the old one, float64.
         needs_bias: whether a layer whose bias changes must have one.
         bias_alone: whether it changes biases, and no weights.
+        with_head: whether a head that is tied to the embeddings changes with them.
         may_be_empty: whether a part may hold nothing.
         source: where it is published.
     """
@@ -61,6 +62,7 @@ class Parameterization:
     bias: Callable[[Layer, Array], Array] | None = None
     needs_bias: bool = True
     bias_alone: bool = False
+    with_head: bool = False
     may_be_empty: bool = False
     source: str = ""
 
@@ -96,6 +98,7 @@ def parameterization(
     bias: Callable[[Layer, Array], Array] | None = None,
     needs_bias: bool = True,
     bias_alone: bool = False,
+    with_head: bool = False,
     may_be_empty: bool = False,
 ) -> Callable[[Callable[[Layer], Change]], Callable[[Layer], Change]]:
     """Register a kind of adapter; the arguments are the attributes of :class:`Parameterization`."""
@@ -120,6 +123,7 @@ def parameterization(
             bias=bias,
             needs_bias=needs_bias,
             bias_alone=bias_alone,
+            with_head=with_head,
             may_be_empty=may_be_empty,
             source=source,
         )

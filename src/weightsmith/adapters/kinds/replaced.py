@@ -61,6 +61,7 @@ def _check_tokens(layer: Layer) -> None:
     forms=(form("v d", trainable_tokens_delta="n d"),),
     settings=(Setting("token_indices", "wholes", (), "the tokens whose embeddings were trained, in the rows' order"),),
     check=_check_tokens,
+    with_head=True,
     source="PEFT's TrainableTokensConfig",
 )
 def trainable_tokens(layer: Layer) -> Rows:
