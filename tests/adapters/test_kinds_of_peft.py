@@ -10,10 +10,15 @@ import pytest
 
 import weightsmith as ws
 from conftest import write_safetensors
+from weightsmith.adapters.fold import FoldedTensor
+from weightsmith.adapters.registry import NOT_IN_FILE, NOT_WEIGHTS, all_parameterizations
+from weightsmith.errors import CheckpointError
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
 class Tiny(torch.nn.Module):
@@ -35,6 +40,8 @@ class Tiny(torch.nn.Module):
         return states, wide, self.down(wide), self.conv(image), self.line(image[..., 0])
 
 
+# Kinds that are folded elsewhere.
+OTHERS = {"ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "HRA", "MISS", "RANDLORA", "FOURIERFT"}
 LINEAR = {"target_modules": ["up", "down"]}
 TURNED = {"target_modules": ["up", "turned"]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,6 +70,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pvera": ("Pvera", {"r": 5, "target_modules": ["up", "down", "turned"]}),
     "unilora": ("UniLora", {"r": 3, "theta_d_length": 20, "save_indices": True, **TURNED}),
+    "tinylora": ("TinyLora", {"r": 3, "u": 5, "target_modules": ["embed", "up", "down", "turned"]}),
+    "tinylora with few numbers": (
+        "TinyLora",
+        {
+            "r": 2,
+            "u": 3,
+            "weight_tying": 0.5,
+            "projection_seed": 7,
+            "target_modules": ["embed", "up", "down", "turned"],
+        },
+    ),
+    "tinylora with one vector": ("TinyLora", {"r": 20, "u": 2, "weight_tying": 1.0, **LINEAR}),
     "hira": (
         "Hira",
         {"r": 3, "rank_pattern": {"conv": 5}, "target_modules": ["up", "turned", "embed", "conv", "line"]},
@@ -132,6 +151,16 @@ def outputs(model: Any) -> list[np.ndarray]:
         return [out.numpy() for out in model(torch.arange(10)[None], image)]
 
 
+def check_that_rows_are_made_by_themselves(tensor: Any) -> None:
+    """Tiles begin at any row; these layers are so small that all of them is one tile."""
+    for term in tensor.terms if isinstance(tensor, FoldedTensor) else ():
+        change, base = term.make(), tensor._view.matrix()
+        assert change.whole == term.whole or tensor.name.endswith("bias")
+        if not change.whole:
+            pieces = [change.rows(base[start : start + 5], start) for start in range(0, len(base), 5)]
+            np.testing.assert_allclose(np.concatenate(pieces), change.rows(base, 0), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_folded_model_gives_the_outputs_of_the_adapted_one(case, tmp_path):
     tensors, adapted = trained(*CASES[case], tmp_path / "adapter")
@@ -142,5 +171,57 @@ def test_the_folded_model_gives_the_outputs_of_the_adapted_one(case, tmp_path):
     untouched = Tiny().eval()
     untouched.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     assert any(np.abs(one - other).max() > 0.01 for one, other in zip(outputs(untouched), expected, strict=True))
+    for tensor in folded.values():
+        check_that_rows_are_made_by_themselves(tensor)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * max(np.abs(other).max(), 1))
+
+
+def test_a_tied_head_follows_trained_tokens(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=[3, 30])).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ws.save(ws.open(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"), tmp_path / "folded")
+    folded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32).eval()
+    tokens = torch.tensor([[3, 1, 30, 5]])
+    with torch.no_grad():
+        np.testing.assert_allclose(folded(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("UniLora", {"r": 3, "theta_d_length": 20}, "holds nothing for any layer; .* save_indices=True"),
+        ("Pvera", {"r": 3, "save_projection": False}, "does not hold pvera_A and pvera_B.* save_projection=True"),
+        ("Pvera", {"r": 3, "sample_at_inference": True}, "it draws from a distribution for every input"),
+        ("Frod", {"save_projection": False, "progressbar": False}, "does not hold frod_V.* save_projection=True"),
+        ("TinyLora", {"save_projection": False}, "save_projection=True"),
+        ("Supertuning", {"sparsity": 0.9, "save_precomputed_indices": False}, "save_precomputed_indices=True"),
+        ("Psoft", {"r": 3}, "of the kind PSOFT, whose file does not hold all .* the signs of singular vectors"),
+        ("Lily", {"r": 3}, "of the kind LILY, which no plain weights equal: a router"),
+    ],
+)
+def test_what_the_file_does_not_hold_is_refused_with_the_way_out(name, settings, message, tmp_path):
+    tensors, _ = trained(name, {**LINEAR, **settings}, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=message):
+        ws.open(f"{write_base(tmp_path / 'base', tensors)}+{tmp_path / 'adapter'}")
+
+
+def test_every_kind_of_peft_is_known():
+    known = set(all_parameterizations()) | set(NOT_WEIGHTS) | set(NOT_IN_FILE)
+    assert {kind.value for kind in peft.PeftType} - known <= OTHERS

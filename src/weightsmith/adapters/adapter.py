@@ -81,7 +81,8 @@ class Adapter:
         if found is None:
             raise self._misfit(module, weight)
         lengths, shape = found
-        layer = Layer(self.name, module, self.modules[module], self.shared, self.settings, lengths, shape, weight)
+        parts, siblings = self.modules[module], len(self.modules)
+        layer = Layer(self.name, module, parts, self.shared, self.settings, lengths, shape, weight, siblings)
         if self.kind.check is not None:
             self.kind.check(layer)
         return layer

@@ -76,6 +76,7 @@ class Layer:
         name: the module's name.
         parts: what the adapter holds for it, by part.
         shared: what it holds for all layers, by part.
+        siblings: how many layers the adapter changes, this one among them.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Layer:
         lengths: Mapping[str, Shape],
         shape: Shape | None,
         weight: Weight | None,
+        siblings: int = 1,
     ) -> None:
         """Collect what is known of a layer.
 
@@ -100,11 +102,13 @@ class Layer:
             lengths: the lengths that its form names.
             shape: the weight's, if it is known.
             weight: the base's weight; None where there is no base.
+            siblings: see the attributes.
         """
         self.adapter = adapter
         self.name = name
         self.parts = parts
         self.shared = shared
+        self.siblings = siblings
         self._settings = settings
         self._lengths = lengths
         self._shape = shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from weightsmith.adapters.change import LowRank
@@ -10,6 +12,7 @@ from weightsmith.adapters.kinds.low_rank import check_rank
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
+from weightsmith.adapters.torch_random import normals
 from weightsmith.checkpoint.tensor import Array
 
 # DeLoRA's norms are no smaller than this.
@@ -236,7 +239,7 @@ def _check_pvera(layer: Layer) -> None:
     lacking="PyTorch draws its random projections anew, and they are not the same everywhere: save it with "
     "save_projection=True in PEFT's PveraConfig",
     check=_check_pvera,
-    source="Fillioux et al., PVeRA: Probabilistic Vector-Based Random Matrix Adaptation, 2025, arXiv:2512.07703",
+    source="PVeRA: Probabilistic Vector-Based Random Matrix Adaptation, 2025, arXiv:2512.07703",
 )
 def pvera(layer: Layer) -> LowRank:
     """PVeRA at inference: ``W + diag(b) B diag(d) A``, with random A and B that all layers share.
@@ -249,3 +252,81 @@ def pvera(layer: Layer) -> LowRank:
     strengths = layer.array("pvera_lambda_d")[:rank]
     down = layer.array("pvera_A")[:rank, : layer.columns] * strengths[:, None]
     return LowRank(layer.array("pvera_lambda_b")[:, None] * layer.array("pvera_B")[: layer.rows], down)
+
+
+# Numbers by which a projection is known again; of fewer than twice as many PyTorch draws the last anew.
+_KNOWN = 16
+# How far, in standard deviations, they may be from those that PyTorch draws: files may hold them in bfloat16.
+_AS_DRAWN = 0.03
+
+
+def _check_tinylora(layer: Layer) -> None:
+    rank, stated = layer.length("r"), layer.number("r")
+    if rank != min(stated, *layer.shape):
+        raise layer.error(f"the adapter's config gives it rank {stated:g}, and its factors have {rank}")
+    vectors = _tinylora_groups(layer)
+    named = {name for name in layer.shared if name.startswith("tinylora_v.")}
+    if named != {f"tinylora_v.{group}" for group in range(vectors)}:
+        raise layer.error(
+            f"{layer.siblings} layers with a weight_tying of {layer.number('weight_tying'):g} share {vectors} vectors, "
+            f"tinylora_v.0 to tinylora_v.{vectors - 1}, and the file has {len(named)}"
+        )
+    for name in named:
+        if layer.shared[name].shape != (layer.length("u"),):
+            raise layer.error(f"{name} is {list(layer.shared[name].shape)}, and needed is [{layer.length('u')}]")
+
+
+def _tinylora_groups(layer: Layer) -> int:
+    """Return how many groups the layers are in."""
+    return max(1, round(layer.siblings * (1 - layer.number("weight_tying"))))
+
+
+@lru_cache(maxsize=8)
+def _drawn(count: int, seed: int, layers: int) -> Array:
+    """Return the first numbers of every layer's projection, with a deviation of 1: ``[layers, numbers]``."""
+    length = count if count < 2 * _KNOWN else _KNOWN
+    return np.stack([normals(length, seed + layer) for layer in range(layers)])
+
+
+def _tinylora_group(layer: Layer, projection: Array) -> int:
+    """Return which of the shared vectors is a layer's: by its place in the model, which its projection's seed tells."""
+    groups = _tinylora_groups(layer)
+    if groups == 1:
+        return 0
+    drawn = _drawn(projection.size, layer.whole("projection_seed"), layer.siblings)
+    held = projection.reshape(-1)[: drawn.shape[1]] * np.sqrt(projection.shape[1])
+    far = np.abs(drawn - held).max(axis=1)
+    place = int(np.argmin(far))
+    if not far[place] < _AS_DRAWN:
+        raise layer.error(
+            f"its tinylora_P is none that PyTorch draws from projection_seed {layer.whole('projection_seed')} for "
+            f"{layer.siblings} layers, by which alone a file tells which of {groups} vectors is a layer's"
+        )
+    return min(place // max(1, layer.siblings // groups), groups - 1)
+
+
+@parameterization(
+    "TINYLORA",
+    "TinyLoRA",
+    forms=(form("out in", tinylora_A="r in", tinylora_B="out r", tinylora_P="u r r"),),
+    shared=("tinylora_v",),
+    settings=(
+        Setting("r", "whole", 2, "the rank, or the weight's shorter side where that is less"),
+        Setting("weight_tying", "number", 0.0, "how many layers share a vector: 0 for none, 1 for all"),
+        Setting("projection_seed", "whole", 42, "the seed of the first layer's projection; the next layers count up"),
+    ),
+    lacking="without its projections it does not tell which layer uses which vector: save it with save_projection=True "
+    "in PEFT's TinyLoraConfig",
+    check=_check_tinylora,
+    source="Learning to Reason in 13 Parameters, 2026, arXiv:2602.04118",
+)
+def tinylora(layer: Layer) -> LowRank:
+    """TinyLoRA: ``W + B (sum_i v_i P_i) A``: A and B are the base's own singular directions, P random and fixed.
+
+    All but the vector v is in the file for every layer; v is one of those that groups of layers share, and the file
+    does not say whose is which. It follows from a layer's place in the model, and that from its P, which PyTorch drew
+    with the seed ``projection_seed`` + place: it is known again by its numbers.
+    """
+    projection = layer.array("tinylora_P")
+    vector = layer.array(f"tinylora_v.{_tinylora_group(layer, projection)}")
+    return LowRank(layer.array("tinylora_B") @ np.tensordot(vector, projection, 1), layer.array("tinylora_A"))

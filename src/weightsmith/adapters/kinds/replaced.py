@@ -35,7 +35,7 @@ def ln_tuning(layer: Layer) -> Rows:
     changes_bias=lambda layer: True,
     bias=lambda layer, bias: bias + layer.array("beft_bias")[0],
     bias_alone=True,
-    source="BEFT: Bias-Efficient Fine-Tuning, as PEFT 0.21 has it",
+    source="BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes, 2025, arXiv:2509.15974",
 )
 def beft(layer: Layer) -> Added:
     """BEFT: ``b + beft_bias``; weights stay as they are. A layer without a bias cannot take it."""

@@ -46,8 +46,8 @@ def _check_deft(layer: Layer) -> None:
         Setting("para", "flag", False, "a subspace is removed, and nothing put in its place (PaRa)"),
     ),
     check=_check_deft,
-    source="DEFT: Decompositional Efficient Fine-Tuning, 2025; Chen et al., PaRa: Personalizing Text-to-Image "
-    "Diffusion via Parameter Rank Reduction, ICLR 2025",
+    source="DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models, 2025; PaRa: Personalizing "
+    "Text-to-Image Diffusion via Parameter Rank Reduction, ICLR 2025",
 )
 def deft(layer: Layer) -> LowRank:
     """DEFT: ``W + Q (s R - K' W)``: a part of the base, seen through K, gives way to R; with ``para`` to nothing.
@@ -172,8 +172,9 @@ def frod(layer: Layer) -> Rows:
     np.add.at(middle, (places[0], places[1]), layer.array("frod_lambda_s_values"))
     middle[np.diag_indices_from(middle)] += layer.array("frod_lambda_l")
     units = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > _SHORT)
-    right = inverse.T @ (units[:, None] * (middle @ basis.T))
-    return Rows(lambda base, _: np.asarray(base @ right), [right])
+    right = middle @ basis.T
+    # In this order: V may be nearly singular, and its inverse times V's own columns would lose digits.
+    return Rows(lambda base, _: np.asarray((base @ inverse.T * units) @ right), [inverse, right])
 
 
 def _sigmoid(x: Array) -> Array:
