@@ -163,14 +163,14 @@ class Adapter:
                 raise CheckpointError(f"{self.name} holds {part} of {module} twice, as {first} and as {key}")
             self._check(f"{part} of {module}", tensor, part)
             self.modules.setdefault(module, {})[part] = tensor
-        if self.kind.lacking:
-            self._check_complete()
+        self._check_shared()
 
-    def _check_complete(self) -> None:
-        heads = {name.partition(".")[0] for name in self.shared}
-        if heads and not self.modules:
+    def _check_shared(self) -> None:
+        known = {name.partition(".")[0] for name in self.shared}
+        if known and not self.modules:
             raise CheckpointError(f"{self.name} holds nothing for any layer{self._remedy}")
-        absent = [part for part in self.kind.shared if part not in heads]
+        needed = {part for form in self.kind.forms for part in form.shared}
+        absent = [part for part in self.kind.shared if part not in known and (part in needed or self.kind.lacking)]
         if absent:
             raise CheckpointError(
                 f"{self.name} does not hold {' and '.join(absent)}, which its layers share{self._remedy}"

@@ -289,7 +289,7 @@ class _Folding:
         layer = adapter.layer(module, view)
         if self._transposed.setdefault(target, side) != side:
             raise PlanError(f"{adapter.name} takes {target} as stored transposed, and another adapter does not")
-        nbytes = sum(part.size for part in layer.parts.values()) * FLOAT64.itemsize
+        nbytes = sum(part.size for part in (*layer.parts.values(), *layer.shared.values())) * FLOAT64.itemsize
         kind = adapter.kind
         if not kind.bias_alone:
             whole = kind.whole(layer) if callable(kind.whole) else kind.whole
@@ -305,6 +305,11 @@ class _Folding:
             raise PlanError(
                 f"{adapter.name} changes the bias of {module}, and {self._base.name} has no {bias}: a layer without "
                 "a bias cannot take it"
+            )
+        if self._base[bias].shape != (layer.rows,):
+            raise PlanError(
+                f"{adapter.name} changes the bias of {module}, which has {layer.rows} outputs, and {bias} is "
+                f"{list(self._base[bias].shape)}"
             )
         assert adapter.kind.bias is not None
 

@@ -24,9 +24,9 @@ def _bits(seed: int, count: int) -> Array:
     return np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 1 << 32, size=count, dtype=np.uint32)
 
 
-@lru_cache(maxsize=16)
-def shuffled(size: int, count: int, seed: int) -> tuple[int, ...]:
-    """Return the first elements of ``torch.randperm(size)``, for a generator with this seed.
+@lru_cache(maxsize=4)
+def shuffled(size: int, count: int, seed: int) -> Array:
+    """Return the first elements of ``torch.randperm(size)``, for a generator with this seed: int64 ``[count]``.
 
     Element i is exchanged with one at or after it, by the remainder of a 32-bit number. Only what was exchanged is
     kept, so that the rest of the permutation is never formed.
@@ -45,7 +45,10 @@ def shuffled(size: int, count: int, seed: int) -> tuple[int, ...]:
         moved[i + step] = moved.get(i, i)
     if count == size:
         first.append(moved.get(size - 1, size - 1))
-    return tuple(first)
+    places = np.array(first, np.int64)
+    # The cache's own.
+    places.setflags(write=False)
+    return places
 
 
 def normals(count: int, seed: int) -> Array:

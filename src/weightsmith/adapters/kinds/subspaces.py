@@ -153,7 +153,8 @@ def frod(layer: Layer) -> Rows:
 
     The columns of U have norm 1, and are found from the base and V; l and the numbers of the sparse S are trained. All
     modules of the same role (the last two words of their names) share one V ``[in, in]`` and the places of S, which
-    the file holds. Where V cannot be inverted, its pseudo-inverse takes its place.
+    the file holds. Where V cannot be inverted, its pseudo-inverse takes its place. Of roles with fewer outputs than
+    inputs, the columns of U that the base does not reach are its rounding errors, brought to norm 1, as in PEFT.
     """
     category = _category(layer.name)
     basis = layer.array(f"frod_V.{category}")

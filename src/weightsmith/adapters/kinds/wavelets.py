@@ -57,7 +57,7 @@ def waveft(layer: Layer) -> Added:
     """
     rows, columns = layer.rows, layer.columns
     values = layer.array("waveft_spectrum") * layer.number("scaling")
-    places = np.asarray(shuffled(rows * columns, len(values), layer.whole("random_loc_seed")))
+    places = shuffled(rows * columns, len(values), layer.whole("random_loc_seed"))
     if not layer.flag("use_idwt"):
         return Scattered(places, values, columns)
     return _Synthesis(np.stack(bank(str(layer.text("wavelet_family")))), places, values, (rows, columns))
