@@ -68,6 +68,27 @@ def test_circulant_blocks_by_their_entries(folded):
     np.testing.assert_allclose(found["q.weight"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("group", [2, 4, 512, 1024])
+def test_large_groups_of_outputs_turn_as_small_ones_do(group, write_model, tmp_path):
+    """Of 1024 outputs a tile has fewer than a group, and the largest group is worked on whole."""
+    outputs, columns = 1024, 600
+    weight, theta, alpha = numbers(outputs, columns), numbers(outputs // 2), numbers(outputs // 2, seed=1)
+    parts = {"q.road_theta": theta, "q.road_alpha": alpha}
+    adapter = write_adapter(tmp_path / "adapter", {"peft_type": "ROAD", "group_size": group}, parts)
+    folded = ws.open(f"{write_model('base', {'q.weight': weight})}+{adapter}")["q.weight"]
+    expected = np.empty((outputs, columns))
+    for pair in range(outputs // 2):
+        first = pair // (group // 2) * group + pair % (group // 2)
+        second = first + group // 2
+        cosine, sine = alpha[pair] * np.cos(theta[pair]), alpha[pair] * np.sin(theta[pair])
+        expected[first] = cosine * weight[first] - sine * weight[second]
+        expected[second] = cosine * weight[second] + sine * weight[first]
+    whole = folded.numpy()
+    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-5)
+    pieces = [folded.read(start, min(start + 77_777, folded.size)) for start in range(0, folded.size, 77_777)]
+    assert np.concatenate(pieces).tobytes() == whole.tobytes()
+
+
 def test_places_named_twice_add_up_and_places_may_be_floats(folded):
     indices, values = np.array([[0, 7, 0], [5, 1, 5]], np.float32), np.array([1, 2, 4], np.float32)
     found = folded({"peft_type": "SHIRA"}, {"q.shira_indices": indices, "q.shira_weight": values})

@@ -50,6 +50,13 @@ class Weight:
         rows, columns = self.sides
         return np.ascontiguousarray(whole.reshape(columns, rows).T) if self.transposed else whole.reshape(rows, columns)
 
+    def rows(self, start: int, stop: int) -> Array:
+        """Read some rows: ``[stop - start, columns]``, float64; of a transposed weight all of it is read for them."""
+        if self.transposed:
+            return self.matrix()[start:stop]
+        columns = self.sides[1]
+        return read_wide(self.tensor, start * columns, stop * columns).reshape(stop - start, columns)
+
     def tiles(self) -> Iterator[tuple[int, Array]]:
         """Read it in tiles of rows: the first row of each, and ``[n, columns]``, float64."""
         rows, columns = self.sides
@@ -58,8 +65,7 @@ class Weight:
             return
         step = tile_rows(columns)
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield start, read_wide(self.tensor, start * columns, stop * columns).reshape(stop - start, columns)
+            yield start, self.rows(start, min(start + step, rows))
 
 
 def read_wide(tensor: Tensor, start: int, stop: int) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from weightsmith.adapters.change import Added, Whole
+from weightsmith.adapters.change import Added, Rows, Whole
 from weightsmith.adapters.forms import form
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
@@ -45,6 +45,8 @@ def c3a(layer: Layer) -> Added:
     return Added(rows, [kernel])
 
 
+# Outputs of the largest group that is read beside a tile of rows; with larger ones a weight is worked on whole.
+_STREAMED = 512
 # Numbers for the angles of a group of g outputs, in halves of g.
 _ROAD = {"road_1": 1, "road_2": 2, "road_4": 4}
 
@@ -71,13 +73,13 @@ def _check_road(layer: Layer) -> None:
     ),
     check=_check_road,
     changes_bias=lambda layer: True,
-    bias=lambda layer, bias: _rotated(layer, bias[:, None])[:, 0],
+    bias=lambda layer, bias: _Rotation(layer).of(bias[:, None], 0)[:, 0],
     needs_bias=False,
-    whole=True,
+    whole=lambda layer: layer.whole("group_size") > _STREAMED,
     source="Liao and Monz, 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and "
     "Composability, NeurIPS 2024, arXiv:2409.00119",
 )
-def road(layer: Layer) -> Whole:
+def road(layer: Layer) -> Rows:
     """RoAd: ``R W`` and ``R b``: pairs of outputs are rotated and scaled.
 
     Output i of the first half of a group is paired with output j = i + g/2 of its second half: ``y_i = c_i x_i - s_i
@@ -85,24 +87,50 @@ def road(layer: Layer) -> Whole:
     one theta and alpha for a pair, so that R is a rotation with a scale; ``road_2`` has one for each output, ``road_4``
     one for each c and each s. The paper pairs neighbours (2i, 2i + 1); PEFT pairs halves of groups.
     """
-    return Whole(lambda base: _rotated(layer, base))
+    rotation = _Rotation(layer)
+    group, outputs = layer.whole("group_size"), layer.rows
+    if group > _STREAMED:
+        return Whole(lambda base: rotation.of(base, 0), rotation.arrays)
+
+    def rows(base: Array, start: int) -> Array:
+        stop = start + len(base)
+        # Whole groups: what is missing of the first and of the last is read too.
+        first, last = start // group * group, min(-(-stop // group) * group, outputs)
+        before, after = (layer.weight.rows(*ends) for ends in ((first, start), (stop, last)))
+        groups = np.concatenate([before, base, after]) if first < start or stop < last else base
+        return rotation.of(groups, first)[start - first : stop - first]
+
+    return Rows(rows, rotation.arrays)
 
 
-def _rotated(layer: Layer, matrix: Array) -> Array:
-    """Multiply a matrix ``[out, columns]`` by R."""
-    variant, half = layer.text("variant"), layer.whole("group_size") // 2
-    theta, alpha = layer.array("road_theta"), layer.array("road_alpha")
-    # Axes: group, half of the outputs, output within the half.
-    if variant == "road_1":
-        theta, alpha = (np.repeat(one.reshape(-1, 1, half), 2, axis=1) for one in (theta, alpha))
-    if variant == "road_4":
-        # For each group all numbers of c come first, and then all of s.
-        theta, alpha = (one.reshape(-1, 2, 2, half) for one in (theta, alpha))
-        cosine, sine = alpha[:, 0] * np.cos(theta[:, 0]), alpha[:, 1] * np.sin(theta[:, 1])
-    else:
-        theta, alpha = theta.reshape(-1, 2, half), alpha.reshape(-1, 2, half)
-        cosine, sine = alpha * np.cos(theta), alpha * np.sin(theta)
-    pairs = matrix.reshape(-1, 2, half, matrix.shape[1])
-    partners = np.stack([-pairs[:, 1], pairs[:, 0]], axis=1)
-    turned: Array = pairs * cosine[..., None] + partners * sine[..., None]
-    return turned.reshape(matrix.shape)
+class _Rotation:
+    """The matrix R: of every output a factor for itself and one for its partner."""
+
+    def __init__(self, layer: Layer) -> None:
+        variant, self._half = layer.text("variant"), layer.whole("group_size") // 2
+        theta, alpha = layer.array("road_theta"), layer.array("road_alpha")
+        # Axes: group, half of the outputs, output within the half.
+        if variant == "road_1":
+            theta, alpha = (np.repeat(one.reshape(-1, 1, self._half), 2, axis=1) for one in (theta, alpha))
+        if variant == "road_4":
+            # For each group all numbers of c come first, and then all of s.
+            theta, alpha = (one.reshape(-1, 2, 2, self._half) for one in (theta, alpha))
+            self._cosine = alpha[:, 0] * np.cos(theta[:, 0])
+            self._sine = alpha[:, 1] * np.sin(theta[:, 1])
+        else:
+            theta, alpha = theta.reshape(-1, 2, self._half), alpha.reshape(-1, 2, self._half)
+            self._cosine, self._sine = alpha * np.cos(theta), alpha * np.sin(theta)
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [self._cosine, self._sine]
+
+    def of(self, matrix: Array, start: int) -> Array:
+        """Multiply whole groups ``[n, columns]``, of which the first output is the one named."""
+        pairs = matrix.reshape(-1, 2, self._half, matrix.shape[1])
+        groups = slice(start // (2 * self._half), start // (2 * self._half) + len(pairs))
+        cosine, sine = self._cosine[groups, ..., None], self._sine[groups, ..., None]
+        turned = pairs * cosine
+        turned[:, 0] -= pairs[:, 1] * sine[:, 0]
+        turned[:, 1] += pairs[:, 0] * sine[:, 1]
+        return np.asarray(turned.reshape(matrix.shape))
