@@ -10,8 +10,10 @@ import pytest
 
 import weightsmith as ws
 from conftest import write_safetensors
-from weightsmith.adapters.fold import FoldedTensor
+from weightsmith.adapters.adapter import Adapter
+from weightsmith.adapters.layer import Weight
 from weightsmith.adapters.registry import NOT_IN_FILE, NOT_WEIGHTS, all_parameterizations
+from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -151,11 +153,13 @@ def outputs(model: Any) -> list[np.ndarray]:
         return [out.numpy() for out in model(torch.arange(10)[None], image)]
 
 
-def check_that_rows_are_made_by_themselves(tensor: Any) -> None:
+def check_that_rows_are_made_by_themselves(adapter: Adapter, tensors: dict[str, Any]) -> None:
     """Tiles begin at any row; these layers are so small that all of them is one tile."""
-    for term in tensor.terms if isinstance(tensor, FoldedTensor) else ():
-        change, base = term.make(), tensor._view.matrix()
-        assert change.whole == term.whole or tensor.name.endswith("bias")
+    for module in adapter.modules:
+        weight = Weight(ArrayTensor("w", tensors[f"{module}.weight"]), transposed=module == "turned")
+        change, base = adapter.change(module, weight), weight.matrix()
+        whole = adapter.kind.whole
+        assert change.whole == (whole(adapter.layer(module, weight)) if callable(whole) else whole)
         if not change.whole:
             pieces = [change.rows(base[start : start + 5], start) for start in range(0, len(base), 5)]
             np.testing.assert_allclose(np.concatenate(pieces), change.rows(base, 0), rtol=1e-7, atol=1e-9)
@@ -171,8 +175,7 @@ def test_the_folded_model_gives_the_outputs_of_the_adapted_one(case, tmp_path):
     untouched = Tiny().eval()
     untouched.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     assert any(np.abs(one - other).max() > 0.01 for one, other in zip(outputs(untouched), expected, strict=True))
-    for tensor in folded.values():
-        check_that_rows_are_made_by_themselves(tensor)
+    check_that_rows_are_made_by_themselves(Adapter(ws.open(tmp_path / "adapter")), tensors)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * max(np.abs(other).max(), 1))
 
