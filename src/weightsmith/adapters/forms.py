@@ -19,11 +19,13 @@ class Form:
         weight: the shape of the weight.
         parts: part -> its shape, of the parts that must be there.
         optional: part -> its shape, of those that may be there.
+        when: the key of the config without which it is not tried; None for a form that always is.
     """
 
     weight: str
     parts: Mapping[str, str]
     optional: Mapping[str, str] = field(default_factory=dict)
+    when: str | None = None
 
     @property
     def names(self) -> set[str]:
@@ -73,9 +75,9 @@ class Form:
         return f"a weight [{', '.join(self.weight.split())}] with " + ", ".join(parts)
 
 
-def form(weight: str, *, optional: Mapping[str, str] | None = None, **parts: str) -> Form:
+def form(weight: str, *, optional: Mapping[str, str] | None = None, when: str | None = None, **parts: str) -> Form:
     """Return a form: ``form("out in", lora_A="r in", lora_B="out r")``."""
-    return Form(weight, parts, optional or {})
+    return Form(weight, parts, optional or {}, when)
 
 
 def _bind(words: list[str], shape: Shape, lengths: dict[str, Shape]) -> bool:

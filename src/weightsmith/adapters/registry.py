@@ -15,7 +15,7 @@ from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
 # The modules of weightsmith.adapters.kinds, in the order in which pages list them.
-_FAMILIES = ("low_rank",)
+_FAMILIES = ("low_rank", "shared_factors", "products", "scalings", "rotations", "blocks", "spectrum")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Parameterization:
             forms cannot tell.
         changes_bias: whether a layer of this adapter changes its bias as well.
         bias: returns the new bias ``[out]`` for the old one, float64.
+        needs_bias: whether a layer whose bias changes must have one.
+        ignored: first words of parts that bear on training alone.
+        may_be_empty: whether a part may hold nothing.
+        elements: returns about how many numbers a layer's change holds, where they are more than its parts'.
+        by_rows: whether a change is formed by rows alone, so that a layer stored transposed needs its whole weight.
         source: where it is published.
     """
 
@@ -54,6 +59,11 @@ class Parameterization:
     check: Callable[[Layer], None] | None = None
     changes_bias: Callable[[Layer], bool] | None = None
     bias: Callable[[Layer, Array], Array] | None = None
+    needs_bias: bool = True
+    ignored: tuple[str, ...] = ()
+    may_be_empty: bool = False
+    elements: Callable[[Layer], int] | None = None
+    by_rows: bool = False
     source: str = ""
 
     @property
@@ -85,6 +95,11 @@ def parameterization(
     check: Callable[[Layer], None] | None = None,
     changes_bias: Callable[[Layer], bool] | None = None,
     bias: Callable[[Layer, Array], Array] | None = None,
+    needs_bias: bool = True,
+    ignored: tuple[str, ...] = (),
+    may_be_empty: bool = False,
+    elements: Callable[[Layer], int] | None = None,
+    by_rows: bool = False,
 ) -> Callable[[Callable[[Layer], Change]], Callable[[Layer], Change]]:
     """Register a kind of adapter; the arguments are the attributes of :class:`Parameterization`."""
 
@@ -105,6 +120,11 @@ def parameterization(
             check,
             changes_bias,
             bias,
+            needs_bias,
+            ignored,
+            may_be_empty,
+            elements,
+            by_rows,
             source,
         )
         return function
