@@ -252,7 +252,8 @@ class Adapter:
         given = self.checkpoint.config.get("trainable_token_indices")
         if isinstance(given, Mapping):
             given = next((given[key] for key in given if f".{module}".endswith(f".{key}")), None)
-        if not isinstance(given, list) or not all(isinstance(place, int) and place >= 0 for place in given):
+        known = isinstance(given, list) and all(isinstance(place, int) and place >= 0 for place in given)
+        if not given or not known:
             raise CheckpointError(
                 f"{self.name} holds trained tokens of {module}, and trainable_token_indices in adapter_config.json "
                 "does not say which"

@@ -293,6 +293,10 @@ class _Folding:
         tensor = self._source(target)
         if not dtypes.is_float(tensor.dtype):
             raise PlanError(f"{adapter.name} changes {target}, which is {dtypes.name_of(tensor.dtype)}, not weights")
+        if not tensor.size:
+            raise PlanError(
+                f"{adapter.name} changes {target}, which is {list(tensor.shape)} in {self._base.name}: empty"
+            )
         side = transposed and len(tensor.shape) == 2
         turned = side or (transposed and adapter.of_experts(module, tensor))
         layer = adapter.layer(module, Weight(tensor, transposed=turned))

@@ -52,7 +52,7 @@ class Setting:
         """
         if self.kind == "set":
             return bool(value)
-        if value is None and (self.default is None or self.kind == "flag"):
+        if value is None and (self.default is None or self.kind in ("flag", "word")):
             return self.default
         if self.kind == "word" and isinstance(value, bool):
             value = str(value).lower()

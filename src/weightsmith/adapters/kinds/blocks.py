@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from weightsmith.adapters.change import Change, LowRank, Rows
+from weightsmith.adapters.change import Added, Change, LowRank, Rows
 from weightsmith.adapters.forms import form
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
@@ -37,14 +37,15 @@ def _check(layer: Layer) -> None:
 
 
 def _elements(layer: Layer) -> int:
-    sides = layer.length("r") if layer.has("rows") else layer.rows + layer.columns
-    return layer.length("r") * sides * (layer.length("rows") if layer.has("rows") else 1)
+    rank = layer.length("r")
+    return min(rank, layer.rows // 2) * (layer.rows + layer.columns) if layer.has("m") else layer.rows * rank
 
 
 @parameterization(
-    "MISS",
-    "MiSS",
+    "BONE",
+    "Bone",
     forms=(form("out in", miss_block="rows r r"), form("out in", miss_block="r m")),
+    aliases={"bone_block": "miss_block"},
     settings=(_START,),
     check=_check,
     elements=_elements,
@@ -52,10 +53,9 @@ def _elements(layer: Layer) -> int:
     source=_SOURCE,
 )
 @parameterization(
-    "BONE",
-    "Bone",
+    "MISS",
+    "MiSS",
     forms=(form("out in", miss_block="rows r r"), form("out in", miss_block="r m")),
-    aliases={"bone_block": "miss_block"},
     settings=(_START,),
     check=_check,
     elements=_elements,
@@ -75,8 +75,10 @@ def miss(layer: Layer) -> Change:
     if block.ndim == 3:
         return _bat(block)
     rank, width = block.shape
-    left = np.ascontiguousarray(np.tile(block, (1, layer.rows // width)).T)
-    return LowRank(left, np.eye(rank)[:, np.arange(layer.columns) % rank])
+    slots, columns = np.arange(layer.columns) % rank, np.ascontiguousarray(block.T)
+    if 2 * rank <= min(layer.rows, layer.columns):
+        return LowRank(columns[np.arange(layer.rows) % width], (slots == np.arange(rank)[:, None]).astype(np.float64))
+    return Added(lambda start, stop: columns[np.arange(start, stop) % width][:, slots], [columns])
 
 
 def _bat(blocks: Array) -> Change:

@@ -91,6 +91,8 @@ def _check_blocks(layer: Layer) -> None:
     """Check factors of which one is block-diagonal, and stored without its zeros."""
     (rank, part), (rows, block) = layer["lora_A"], layer["lora_B"]
     check_rank(layer, rank)
+    if rank > min(layer.rows, layer.columns):
+        raise layer.error(f"its rank is {rank}, and its weight {list(layer.shape)}")
     wide, deep = layer.columns // part, rank // block
     whole = wide * part == layer.columns and deep * block == rank and rank % max(wide, 1) == rows % max(deep, 1) == 0
     if not whole or 1 not in (wide, deep):
@@ -184,12 +186,12 @@ def lora(layer: Layer) -> Change:
         down, up = _full(down, layer.columns // down.shape[1]), _full(up, rank // up.shape[1])
     left = up.reshape(-1, rank) * scale(layer, rank)
     if _DIAGONAL in layer:
-        return _without_least(LowRank(left * layer.array(_DIAGONAL), down), rank)
+        return _without_least(layer, LowRank(left * layer.array(_DIAGONAL), down), rank)
     product = LowRank(left, down.reshape(rank, -1))
     if MAGNITUDE in layer:
         return with_norms(product, layer.array(MAGNITUDE).reshape(-1), layer.weight if layer.has_weight else None)
     start = str(layer.text("init_lora_weights")).lower()
-    return _without_start(product, start, scale(layer, rank)) if start in _RESIDUAL else product
+    return _without_start(layer, product, start) if start in _RESIDUAL else product
 
 
 def _full(blocks: Array, count: int) -> Array:
@@ -216,18 +218,26 @@ def _of_experts(layer: Layer) -> Change:
     return Added(delta, [down, up])
 
 
-def _without_least(product: LowRank, count: int) -> Change:
+def _svd(layer: Layer, matrix: Array) -> tuple[Array, Array, Array]:
+    """Return singular vectors and values, of a base that has them."""
+    if not np.isfinite(matrix).all():
+        raise layer.error("its weight in the base holds numbers that are not finite")
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
+def _without_least(layer: Layer, product: LowRank, count: int) -> Change:
     """Return a product that is added, after the base lost its smallest singular values."""
 
     def whole(base: Array) -> Array:
-        left, values, right = np.linalg.svd(base, full_matrices=False)
+        left, values, right = _svd(layer, base)
         least: Array = (left[:, -count:] * values[-count:]) @ right[-count:]
         return base - least + product.delta(0, len(base))
 
     return Whole(whole, [product.left, product.right])
 
 
-def _without_start(product: LowRank, start: str, factor: float) -> Change:
+def _without_start(layer: Layer, product: LowRank, start: str) -> Change:
     """Return a product that is added, after the base lost what its factors held at first.
 
     Signs of singular vectors, and of a basis, cancel in what is lost.
@@ -236,12 +246,12 @@ def _without_start(product: LowRank, start: str, factor: float) -> Change:
 
     def whole(base: Array) -> Array:
         if start == "pissa":
-            left, values, right = np.linalg.svd(base, full_matrices=False)
+            left, values, right = _svd(layer, base)
             lost: Array = (left[:, :rank] * values[:rank]) @ right[:rank]
         else:
             # W = Q R, of which PEFT takes s Q_r R_r out: s times the part of W within its first r columns.
             basis = np.linalg.qr(base[:, :rank])[0]
-            lost = factor * (basis @ (basis.T @ base))
+            lost = scale(layer, rank) * (basis @ (basis.T @ base))
         return base - lost + product.delta(0, len(base))
 
     return Whole(whole, [product.left, product.right])
@@ -349,6 +359,8 @@ def _check_adalora(layer: Layer) -> None:
             f"the adapter's config gives it rank {initial} at first, and no rank_pattern that takes some away, and its "
             f"factors have {rank}"
         )
+    if layer.has("columns") and layer.length("columns") != layer.columns:
+        raise layer.error(f"lora_A has {layer.length('columns')} columns, and its weight {layer.columns}")
 
 
 @parameterization(
@@ -377,7 +389,5 @@ def adalora(layer: Layer) -> Change:
     columns = layer.array("lora_A") * layer.array("lora_E")
     left = layer.array("lora_B")
     alpha = layer.number("lora_alpha")
-    if layer.has("columns") and layer.length("columns") != layer.columns:
-        raise layer.error(f"lora_A has {layer.length('columns')} columns, and its weight {layer.columns}")
     factor = (alpha if alpha > 0 else left.shape[1]) / (layer.whole("init_r") + 1e-5)
     return LowRank(left * factor, columns)

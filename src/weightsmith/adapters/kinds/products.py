@@ -59,8 +59,13 @@ def _factors(layer: Layer, number: int) -> tuple[Array, Array]:
     if core not in layer:
         return up, down
     # FedPara's Proposition 3: T x_1 X x_2 Y, with a core over the kernel.
-    inner = np.einsum("ijx,jc->icx", layer.array(core).reshape(len(up), len(down), -1), down)
-    return np.ascontiguousarray(up.T), inner.reshape(len(up), -1)
+    return np.ascontiguousarray(up.T), _along(layer.array(core), down).reshape(len(up), -1)
+
+
+def _along(core: Array, down: Array) -> Array:
+    """Multiply the second axis of a core by a matrix: ``[r, r, ...]`` and ``[r, in]`` to ``[r, in, kernel]``."""
+    product = np.tensordot(core.reshape(len(core), len(down), -1), down, axes=(1, 0))
+    return product.transpose(0, 2, 1)
 
 
 @parameterization(
@@ -196,7 +201,7 @@ def lokr(layer: Layer) -> Change:
         inner = layer.array("lokr_w2")
     elif "lokr_t2" in layer:
         up, down, core = layer.array("lokr_w2_a"), layer.array("lokr_w2_b"), layer.array("lokr_t2")
-        inner = np.einsum("ijx,ib,jd->bdx", core.reshape(len(up), len(down), -1), up, down)
+        inner = np.tensordot(up, _along(core, down), axes=(0, 0))
     else:
         inner = layer.array("lokr_w2_a") @ layer.array("lokr_w2_b")
     kernel_last = "lokr_w2" in layer and inner.ndim == 3

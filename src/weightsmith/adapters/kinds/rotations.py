@@ -242,11 +242,9 @@ def hra(layer: Layer) -> Change:
             for earlier in directions:
                 one = one - (earlier @ one) * earlier
         left = float(np.linalg.norm(one))
-        if not length > 0 or left <= _DEPENDENT * length:
-            raise layer.error(
-                f"column {i} of hra_u is {'zero' if not length > 0 else 'a mixture of the columns before it'}, and "
-                "gives no direction to reflect in"
-            )
+        if not 0 < length < math.inf or left <= _DEPENDENT * length:
+            what = "a mixture of the columns before it" if 0 < length < math.inf else "zero or not finite"
+            raise layer.error(f"column {i} of hra_u is {what}, and gives no direction to reflect in")
         directions.append(one / left)
 
     def rows(base: Array, _: int) -> Array:

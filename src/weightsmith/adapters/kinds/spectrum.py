@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from weightsmith.adapters.change import Change, LowRank
+from weightsmith.adapters.change import Added, Change, LowRank
 from weightsmith.adapters.forms import form
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
@@ -37,7 +37,7 @@ def _check(layer: Layer) -> None:
         Setting("random_loc_seed", "whole", 777, "the seed that decides which frequencies are trained"),
     ),
     check=_check,
-    elements=lambda layer: 2 * min(layer.length("n"), layer.rows) * (layer.rows + layer.columns),
+    elements=lambda layer: 3 * layer.rows * layer.columns,
     source="Gao et al., FourierFT, ICML 2024, arXiv:2405.03003",
 )
 def fourierft(layer: Layer) -> Change:
@@ -46,13 +46,18 @@ def fourierft(layer: Layer) -> Change:
     The places are not saved. They are the first n of PyTorch's random permutation of all places, which its seed
     decides: a shuffle by numbers of the Mersenne Twister, repeated here bit for bit (as PyTorch 2 has it on the CPU,
     where PEFT always draws them). The cosines of the frequencies are two low-rank factors, with two columns for each
-    row of F in which there are entries. A config that speaks of layers stored transposed is taken at its word for all
-    of them, since no shape tells.
+    row of F in which there are entries; where those are many, the change is formed whole. No shape tells whether a
+    square layer is stored transposed: the config does, for all layers at once.
     """
     entries = layer.array("fourierft_spectrum")
     rows, columns = layer.rows, layer.columns
     places = np.asarray(shuffled(rows * columns, len(entries), layer.whole("random_loc_seed")))
     vertical, which = np.unique(places // columns, return_inverse=True)
+    if 2 * len(vertical) > min(rows, columns):
+        full = np.zeros((rows, columns))
+        full.reshape(-1)[places] = entries
+        formed = np.fft.ifft2(full).real * layer.number("scaling")
+        return Added(lambda start, stop: formed[start:stop], [formed])
     spectrum = np.zeros((len(vertical), columns))
     spectrum[which, places % columns] = entries
     across = np.fft.ifft(spectrum, axis=1) * (layer.number("scaling") / rows)
@@ -63,7 +68,7 @@ def fourierft(layer: Layer) -> Change:
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def shuffled(size: int, count: int, seed: int) -> tuple[int, ...]:
     """Return the first elements of ``torch.randperm(size)`` on the CPU, for a generator with this seed.
 
