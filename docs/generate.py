@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from weightsmith.adapters.registry import NOT_WEIGHTS, Parameterization, all_parameterizations
 from weightsmith.bundle.kind import kinds
 from weightsmith.cli.main import cli
 from weightsmith.methods.registry import all_methods
@@ -148,6 +149,61 @@ def bundles_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def adapters_page() -> str:
+    """Return the reference of kinds of adapters, from the registry."""
+    known = all_parameterizations()
+    lines = [
+        "# Kinds of adapters",
+        "",
+        "What each kind declares about itself: what it makes of a weight W, how its tensors are laid out, the keys of "
+        "`adapter_config.json` that bear on weights, and what is refused. How adapters are folded: "
+        "[Adapters](../guide/adapters.md).",
+        "",
+        "Shapes are those of a layer's weight and of the adapter's tensors beside it; equal names are equal lengths, "
+        "and `...` stands for all axes that are left. Tensors are named `base_model.model.<module>.<part>`, with or "
+        "without `.weight` behind. What is not listed for a kind makes no difference to weights.",
+        "",
+    ]
+    for family, group in itertools.groupby(known.values(), lambda kind: kind.function.__module__):
+        about = (inspect.getdoc(sys.modules[family]) or "").partition("\n")[0]
+        lines += [f"**{about}**", "", "| `peft_type` | kind | |", "|---|---|---|"]
+        for kind in group:
+            summary = kind.about.partition("\n")[0].partition(": ")[2].replace("``", "`").replace("|", "\\|")
+            lines.append(f"| [{kind.peft_type}](#{kind.peft_type.lower()}) | {kind.title} | {summary} |")
+        lines.append("")
+    lines.pop()
+    for kind in known.values():
+        lines += _adapter(kind)
+    lines += ["", "## What no plain weights equal", "", "| `peft_type` | why it is refused |", "|---|---|"]
+    lines += [f"| {name} | {reason} |" for name, reason in NOT_WEIGHTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _adapter(kind: Parameterization) -> list[str]:
+    lines = ["", f"## {kind.peft_type}", "", kind.about.replace("``", "`"), "", f"**Source:** {kind.source}", ""]
+    lines += ["| weight | tensors | there may be | when |", "|---|---|---|---|"]
+    for form in kind.forms:
+        parts, optional = (
+            ", ".join(f"`{part} [{', '.join(shape.split())}]`" for part, shape in shapes.items())
+            for shapes in (form.parts, form.optional)
+        )
+        when = "" if form.when is None else f"`{form.when}`"
+        lines.append(f"| `[{', '.join(form.weight.split())}]` | {parts} | {optional} | {when} |")
+    if kind.shared:
+        lines += ["", f"**Shared by all layers:** {', '.join(f'`{part}`' for part in kind.shared)}."]
+    if kind.aliases:
+        lines += ["", f"**Also known as:** {', '.join(f'`{old}` for `{new}`' for old, new in kind.aliases.items())}."]
+    if kind.settings:
+        lines += ["", "| key | default | meaning |", "|---|---|---|"]
+    for setting in kind.settings:
+        meaning = setting.about + (f"; by module in `{setting.patterns}`" if setting.patterns else "")
+        lines.append(f"| `{setting.name}` | `{_yaml(setting.default)}` | {meaning} |")
+    if kind.refuses:
+        lines += ["", "| refused | because |", "|---|---|"]
+    lines += [f"| `{key}` | {reason} |" for key, reason in kind.refuses.items()]
+    return lines
+
+
 def cli_page() -> str:
     """Return the command reference, from the commands' own help."""
     context = click.Context(cli, info_name="weightsmith", terminal_width=90, max_content_width=90)
@@ -168,7 +224,13 @@ def _commands(group: click.Group, context: click.Context, before: str = "") -> I
                 yield from _commands(command, inner, f"{before}{name} ")
 
 
-PAGE_MAKERS = (("recipe", recipe_page), ("methods", methods_page), ("bundles", bundles_page), ("cli", cli_page))
+PAGE_MAKERS = (
+    ("recipe", recipe_page),
+    ("methods", methods_page),
+    ("adapters", adapters_page),
+    ("bundles", bundles_page),
+    ("cli", cli_page),
+)
 
 
 def main() -> None:

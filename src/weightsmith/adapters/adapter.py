@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import permutations
 
 from weightsmith import dtypes
 from weightsmith.adapters.change import Change, LowRank
@@ -16,6 +17,9 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, PlanError, did_you_mean
 
 PREFIX = "base_model.model."
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+# Of one module, that target_parameters names: all orders of them are tried.
+_MOST_PARAMETERS = 6
 _TRANSPOSED = Setting("fan_in_fan_out", "flag", False, "layers are stored as [in, out] (GPT-2's Conv1D)")
 
 
@@ -28,6 +32,7 @@ class Adapter:
         modules: module -> part -> tensor, for the layers that it changes.
         plain: name in the base -> tensor that takes its place (trained biases, ``modules_to_save``).
         shared: part -> tensor, of what all layers share.
+        tokens: embeddings in the base -> rows that are trained, and the places at which they stand.
         transposed: whether its config says that layers are stored as ``[in, out]``.
     """
 
@@ -46,11 +51,17 @@ class Adapter:
         for key, reason in self.kind.refuses.items():
             if config.get(key):
                 raise CheckpointError(f"{checkpoint.name} has {key} in its config, and cannot be folded: {reason}")
+        self._forms = [form for form in self.kind.forms if form.when is None or config.get(form.when)]
         self.settings = Settings(checkpoint.name, config, (*self.kind.settings, _TRANSPOSED))
         self.transposed = bool(self.settings.value(_TRANSPOSED.name, ""))
         self.modules: dict[str, dict[str, Tensor]] = {}
         self.plain: dict[str, Tensor] = {}
         self.shared: dict[str, Tensor] = {}
+        self.tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        # Modules whose change PEFT makes twice.
+        self._twice: set[str] = set()
+        # Modules whose weight is not named after them.
+        self._weights: dict[str, str] = {}
         self._read()
 
     @property
@@ -87,6 +98,71 @@ class Adapter:
             self.kind.check(layer)
         return layer
 
+    def weight_name(self, module: str, base: Checkpoint) -> str:
+        """Return the name of the weight that a module's parts change."""
+        if module in self._weights:
+            return self._weights[module]
+        attention = f"{module}.in_proj_weight"
+        # PyTorch's own attention keeps queries, keys and values in one matrix of this name.
+        return attention if attention in base and f"{module}.weight" not in base else f"{module}.weight"
+
+    def times(self, module: str) -> int:
+        """Return how often a module's change is made.
+
+        PEFT wraps ``out_proj`` of PyTorch's own attention within the wrapped attention, and both add its change: it is
+        there twice as the model is trained and used (0.14 to 0.21, at least).
+        """
+        return 2 if module in self._twice else 1
+
+    def of_experts(self, module: str, weight: Tensor) -> bool:
+        """Whether a module's parts change the weights of several experts, one tensor (``target_parameters``)."""
+        return module in self._weights and len(weight.shape) == 3
+
+    def bind(self, base: Checkpoint) -> None:
+        """Find out which parameters of the base (``target_parameters``) the parts are for: PEFT does not write it.
+
+        Several parameters of a module are wrapped one in another, so that the names tell the module alone.
+
+        Raises:
+            PlanError: if the base's shapes do not tell.
+        """
+        targets = self.checkpoint.config.get("target_parameters")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            return
+        levels: dict[str, list[str]] = {}
+        for module in self.modules.keys() - self._weights.keys():
+            levels.setdefault(re.sub(r"(\.base_layer)+$", "", module), []).append(module)
+        for path, modules in levels.items():
+            self._bind(path, modules, _parameters(path, targets, base), base)
+
+    def _bind(self, path: str, modules: list[str], names: list[str], base: Checkpoint) -> None:
+        if not names and modules == [path]:
+            # A module whose own weight is changed, in an adapter that changes parameters as well.
+            return
+        if len(names) > _MOST_PARAMETERS:
+            raise PlanError(
+                f"{self.name} has {len(names)} parameters of {path} as targets; {_MOST_PARAMETERS} are known"
+            )
+        views = {name: [Weight(base[name], transposed=side) for side in (False, True)] for name in names}
+        fitting = [
+            chosen
+            for chosen in permutations(names, len(modules))
+            if all(
+                any(self.fits(module, view) for view in views[name])
+                for module, name in zip(modules, chosen, strict=True)
+            )
+        ]
+        if len(fitting) != 1:
+            raise PlanError(
+                f"{self.name} changes {len(modules)} parameters of {path}, of which target_parameters names "
+                f"{', '.join(names) or 'none that the base has'}: their shapes "
+                f"{'fit none of them' if not fitting else 'do not tell which is which'}"
+            )
+        for module, name in zip(modules, fitting[0], strict=True):
+            self._weights[name] = name
+            # Each is known by its parameter's name from now on, by which patterns give it a rank as well.
+            self.modules[name] = self.modules.pop(module)
+
     def fits(self, module: str, weight: Weight) -> bool:
         """Whether the shapes of a module's parts fit a weight."""
         return self._fit(module, weight) is not None
@@ -114,12 +190,13 @@ class Adapter:
                     f"{self.name} is of the kind {self.kind.title}, whose changes are no products of two low-rank "
                     "factors; fold it into its base, and extract a LoRA from the result"
                 )
-            yield layer, change
+            times = self.times(module)
+            yield layer, change if times == 1 else LowRank(change.left * times, change.right)
 
     def _fit(self, module: str, weight: Weight | None) -> tuple[Mapping[str, Shape], Shape | None] | None:
         shapes = {part: tensor.shape for part, tensor in self.modules[module].items()}
         shared = {part: tensor.shape for part, tensor in self.shared.items()}
-        for form in self.kind.forms:
+        for form in self._forms:
             lengths = form.fit(weight.shape if weight is not None else None, shapes, shared)
             if lengths is not None:
                 return lengths, weight.shape if weight is not None else form.weight_shape(lengths)
@@ -127,12 +204,12 @@ class Adapter:
 
     def _misfit(self, module: str, weight: Weight | None) -> Exception:
         parts = self.modules[module]
-        forms = [form for form in self.kind.forms if form.holds(parts)]
+        forms = [form for form in self._forms if form.holds(parts)]
         alike = [form for form in forms if weight is not None and form.axes(weight.shape)]
         if not forms:
             return CheckpointError(
                 f"{self.name} has only {' and '.join(sorted(parts))} for {module}; {self.kind.title} needs "
-                f"{_either(form.parts for form in self.kind.forms)}{self._remedy}"
+                f"{_either(form.parts for form in self._forms)}{self._remedy}"
             )
         held = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in (*parts.items(), *self.shared.items()))
         wanted = "; or ".join(str(form) for form in alike or forms)
@@ -145,6 +222,7 @@ class Adapter:
 
     def _read(self) -> None:
         heads = {part.partition(".")[0] for part in (*self.kind.parts, *self.kind.aliases)}
+        wrapped = bool(self.checkpoint.config.get("target_parameters"))
         origin: dict[tuple[str, str], str] = {}
         for key, tensor in self.checkpoint.items():
             bare = key.removeprefix("base_model.").removeprefix("model.").removesuffix(".weight")
@@ -153,11 +231,20 @@ class Adapter:
                 self.shared[bare] = tensor
                 self._check(bare, tensor, head)
                 continue
+            if key.endswith(_TOKENS):
+                self._keep_tokens(plain_name(key.removesuffix(_TOKENS)), tensor)
+                continue
             found = self._split(key, heads)
             if found is None:
-                self._keep_plain(key, tensor)
+                if not any(word in self.kind.ignored for word in key.split(".")):
+                    self._keep_plain(key, tensor)
                 continue
             module, part = found
+            if wrapped:
+                module += ".base_layer" * key.count(".base_layer")
+                found = module, part
+            if ".base_layer.out_proj." in key:
+                self._twice.add(module)
             first = origin.setdefault(found, key)
             if first != key:
                 raise CheckpointError(f"{self.name} holds {part} of {module} twice, as {first} and as {key}")
@@ -179,6 +266,24 @@ class Adapter:
     @property
     def _remedy(self) -> str:
         return f"; {self.kind.lacking}" if self.kind.lacking else ""
+
+    def _keep_tokens(self, module: str, tensor: Tensor) -> None:
+        given = self.checkpoint.config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((given[key] for key in given if f".{module}".endswith(f".{key}")), None)
+        known = isinstance(given, list) and all(isinstance(place, int) and place >= 0 for place in given)
+        if not given or not known:
+            raise CheckpointError(
+                f"{self.name} holds trained tokens of {module}, and trainable_token_indices in adapter_config.json "
+                "does not say which"
+            )
+        if tensor.shape[:1] != (len(given),) or len(tensor.shape) != 2 or len(set(given)) < len(given):
+            raise CheckpointError(
+                f"{self.name} holds trained tokens of {module} as {list(tensor.shape)}, and trainable_token_indices in "
+                f"adapter_config.json gives {len(set(given))} tokens"
+            )
+        self._check(f"the trained tokens of {module}", tensor, "")
+        self.tokens[f"{module}.weight"] = tuple(given), tensor
 
     def _keep_plain(self, key: str, tensor: Tensor) -> None:
         stems = {part.partition("_")[0] + "_" for part in self.kind.parts if "_" in part}
@@ -211,9 +316,17 @@ class Adapter:
             )
 
 
+def _parameters(path: str, targets: list[str], base: Checkpoint) -> list[str]:
+    """Return the base's tensors that are a module's own parameters, and targets of an adapter."""
+    lasts = dict.fromkeys(target.rpartition(".")[2] for target in targets)
+    outer = (path, path.partition(".")[2])
+    names = [next((f"{one}.{last}" for one in outer if f"{one}.{last}" in base), "") for last in lasts]
+    return [name for name in names if name and any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
 def plain_name(key: str) -> str:
     """Return the base's name for a tensor or module of an adapter."""
-    key = key.removeprefix(PREFIX).replace(".base_layer.", ".").removesuffix(".base_layer")
+    key = re.sub(r"(\.base_layer)+(?=\.|$)", "", key.removeprefix(PREFIX))
     return re.sub(r"\.modules_to_save(\.default)?\.", ".", key)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from weightsmith.checkpoint.tensor import Array
 
 
@@ -33,6 +35,10 @@ class Change(ABC):
         Returns:
             ``[n, columns]``, float64.
         """
+
+    def turned(self) -> Change | None:
+        """Return what becomes of the transposed matrix, by its own rows; None where its rows do not tell."""
+        return None
 
 
 class Added(Change):
@@ -78,9 +84,48 @@ class LowRank(Added):
         """The rank, at most."""
         return int(self.left.shape[1])
 
+    def turned(self) -> LowRank:
+        """See :meth:`Change.turned`."""
+        return LowRank(np.ascontiguousarray(self.right.T), np.ascontiguousarray(self.left.T))
+
     def _product(self, start: int, stop: int) -> Array:
         product: Array = self.left[start:stop] @ self.right
         return product
+
+
+class Scaled(Change):
+    """Rows and columns are multiplied by numbers, after a product of two factors was added: ``r (W + L R) c``."""
+
+    def __init__(
+        self, product: LowRank | None = None, *, rows: Array | None = None, columns: Array | None = None
+    ) -> None:
+        """Take what is added and multiplied.
+
+        Args:
+            product: what is added first.
+            rows: a number for every row: ``[out]``, float64.
+            columns: a number for every column: ``[columns]``, float64.
+        """
+        self._added = product
+        self._rows = rows
+        self._columns = columns
+
+    @property
+    def nbytes(self) -> int:
+        """See :attr:`Change.nbytes`."""
+        return sum(part.nbytes for part in (self._added, self._rows, self._columns) if part is not None)
+
+    def rows(self, base: Array, start: int) -> Array:
+        """See :meth:`Change.rows`."""
+        changed = base if self._added is None else self._added.rows(base, start)
+        if self._rows is not None:
+            changed = changed * self._rows[start : start + len(base), None]
+        return changed if self._columns is None else changed * self._columns
+
+    def turned(self) -> Scaled:
+        """See :meth:`Change.turned`."""
+        product = None if self._added is None else self._added.turned()
+        return Scaled(product, rows=self._columns, columns=self._rows)
 
 
 class Rows(Change):

@@ -13,7 +13,7 @@ import numpy as np
 from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, find
 from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
-from weightsmith.adapters.layer import FLOAT64, Weight, read_wide, tile_rows
+from weightsmith.adapters.layer import FLOAT64, TILE, Weight, read_wide, tile_rows
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
@@ -27,6 +27,8 @@ _HEAD = "lm_head.weight"
 _GENERATES = re.compile("CausalLM|LMHeadModel|ConditionalGeneration|ForMultimodal")
 # Kinds of models that scale what a head sees where it is tied to the embeddings.
 _SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
+# Models of transformers whose experts are stored as [experts, in, out]; only square ones do not tell by their shapes.
+_EXPERTS_TURNED = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 # Bytes for an element of a tensor that is worked on whole.
 _WHOLE = 32
 # Tiles of changes that cost more than a product of factors are kept for the blocks that share them, a few at a time.
@@ -80,7 +82,8 @@ class FoldedTensor(Tensor):
         # Whole: the base, what it becomes, and what is kept of that, or more of what a method needs on its way.
         own = base.size * _WHOLE if self.whole else 0
         self.held = base.held + own + sum(term.nbytes for term in terms)
-        self._view = Weight(base, transposed=transposed)
+        self._transposed = transposed
+        self._view = Weight(base)
 
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`; rounded to the base's dtype."""
@@ -94,7 +97,7 @@ class FoldedTensor(Tensor):
             added = tiled(start, stop, product.right.shape[1], len(product.left), product.delta)
             return narrow(read_wide(self.base, start, stop) + added, working)
         changes = self._changes()
-        if self._view.transposed or any(change.whole for change in changes):
+        if any(change.whole for change in changes):
             (whole,) = RECENT.get(self, lambda: (narrow(self._whole(changes).reshape(-1), working),), "whole")
             return whole[start:stop]
         return narrow(self._of_tiles(changes, start, stop), working)
@@ -109,23 +112,26 @@ class FoldedTensor(Tensor):
         products = [change for change in changes if isinstance(change, LowRank)]
         if len(products) < len(changes):
             return None
-        if len(products) == 1 and self.terms[0].weight == 1 and not self._view.transposed:
+        if len(products) == 1 and self.terms[0].weight == 1:
             return products[0]
         return RECENT.get(self, partial(self._product, products), "product")[0]
 
     def _product(self, products: Sequence[LowRank]) -> tuple[LowRank]:
         left = np.concatenate([one.left * term.weight for one, term in zip(products, self.terms, strict=True)], axis=1)
         right = np.concatenate([one.right for one in products])
-        if self._view.transposed:
-            left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
         return (LowRank(left, right),)
 
     def _changes(self) -> tuple[Change, ...]:
-        return RECENT.get(self, lambda: tuple(term.make() for term in self.terms))
+        """Return the changes of the matrix that is stored."""
+        return RECENT.get(self, lambda: tuple(self._made(term) for term in self.terms))
+
+    def _made(self, term: Term) -> Change:
+        change = term.make()
+        return (change.turned() or _Turned(change)) if self._transposed else change
 
     def _of_tiles(self, changes: Sequence[Change], start: int, stop: int) -> Array:
         rows, width = self._view.sides
-        step = tile_rows(width) * _WIDER
+        step = tile_rows(width) * (_WIDER if width <= TILE else 1)
 
         def made(first: int) -> tuple[Array]:
             last = min(first + step, rows)
@@ -140,8 +146,7 @@ class FoldedTensor(Tensor):
         return result
 
     def _whole(self, changes: Sequence[Change]) -> Array:
-        changed = self._changed(changes, self._view.matrix(), 0)
-        return np.ascontiguousarray(changed.T) if self._view.transposed else changed
+        return self._changed(changes, self._view.matrix(), 0)
 
     def _changed(self, changes: Sequence[Change], base: Array, start: int) -> Array:
         if len(changes) == 1 and self.terms[0].weight == 1:
@@ -234,16 +239,20 @@ class _Folding:
 
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add an adapter's changes."""
+        adapter.bind(self._base)
+        square = adapter.transposed or self.config.get("model_type") in _EXPERTS_TURNED
         sides = {module: self._sides(adapter, module) for module in adapter.modules}
         for module, known in sides.items():
             # Of a square matrix its namesakes in other layers tell, then all others, and at last the config, which PEFT
             # sets by the layer that it met last.
             alike = {sides[other] for other in sides if other.rpartition(".")[2] == module.rpartition(".")[2]}
-            told = next((one for one in (alike, set(sides.values())) if len(one - {None}) == 1), {adapter.transposed})
+            told = next((one for one in (alike, set(sides.values())) if len(one - {None}) == 1), {square})
             (likely,) = told - {None}
             self._add_layer(adapter, module, weight, transposed=bool(likely if known is None else known))
         for name, tensor in adapter.plain.items():
             self._add_plain(adapter, name, tensor, weight)
+        for name, (places, rows) in adapter.tokens.items():
+            self._add_tokens(adapter, name, places, rows, weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the result's tensors."""
@@ -273,32 +282,42 @@ class _Folding:
 
     def _sides(self, adapter: Adapter, module: str) -> bool | None:
         """Return whether a layer is stored transposed, where its shape tells: None if both ways fit, or neither."""
-        weight = self._source(self._target(adapter, f"{module}.weight"))
-        if len(weight.shape) != 2:
+        weight = self._source(self._target(adapter, adapter.weight_name(module, self._base)))
+        if len(weight.shape) != (3 if adapter.of_experts(module, weight) else 2):
             return None
         straight, turned = (adapter.fits(module, Weight(weight, transposed=side)) for side in (False, True))
         return None if straight == turned else turned
 
     def _add_layer(self, adapter: Adapter, module: str, weight: float, *, transposed: bool) -> None:
-        target = self._target(adapter, f"{module}.weight")
+        target = self._target(adapter, adapter.weight_name(module, self._base))
         tensor = self._source(target)
         if not dtypes.is_float(tensor.dtype):
             raise PlanError(f"{adapter.name} changes {target}, which is {dtypes.name_of(tensor.dtype)}, not weights")
+        if not tensor.size:
+            raise PlanError(
+                f"{adapter.name} changes {target}, which is {list(tensor.shape)} in {self._base.name}: empty"
+            )
         side = transposed and len(tensor.shape) == 2
-        view = Weight(tensor, transposed=side)
-        layer = adapter.layer(module, view)
+        turned = side or (transposed and adapter.of_experts(module, tensor))
+        layer = adapter.layer(module, Weight(tensor, transposed=turned))
         if self._transposed.setdefault(target, side) != side:
             raise PlanError(f"{adapter.name} takes {target} as stored transposed, and another adapter does not")
-        nbytes = sum(part.size for part in (*layer.parts.values(), *layer.shared.values())) * FLOAT64.itemsize
         kind = adapter.kind
         if not kind.bias_alone:
+            elements = (
+                sum(part.size for part in layer.parts.values()) if kind.elements is None else kind.elements(layer)
+            )
             whole = kind.whole(layer) if callable(kind.whole) else kind.whole
-            self._terms.setdefault(target, []).append(Term(weight, partial(kind.function, layer), nbytes, whole))
+            # Rows of a layer stored transposed are its columns.
+            whole |= side and kind.by_rows
+            make = partial(kind.function, layer)
+            term = Term(weight * adapter.times(module), make, elements * FLOAT64.itemsize, whole)
+            self._terms.setdefault(target, []).append(term)
             if not kind.with_head:
                 self._keep_head(adapter, target)
         if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
             return
-        bias = f"{target.removesuffix('.weight')}.bias"
+        bias = re.sub(r"weight$", "bias", target)
         if bias not in self._base:
             if not adapter.kind.needs_bias:
                 return
@@ -340,6 +359,19 @@ class _Folding:
         if adapter.saves(name):
             self._keep_head(adapter, target)
 
+    def _add_tokens(self, adapter: Adapter, name: str, places: tuple[int, ...], rows: Tensor, weight: float) -> None:
+        """Put trained rows in their places in the embeddings, and in the head where it is tied to them."""
+        target = self._target(adapter, name)
+        own = self._source(target)
+        if own.shape[1:] != rows.shape[1:] or max(places) >= own.shape[0]:
+            raise PlanError(
+                f"{adapter.name} brings row {max(places)} of {target} with {rows.shape[1]} columns, and "
+                f"{self._base.name} has it as {list(own.shape)}"
+            )
+        self._terms.setdefault(target, []).append(
+            Term(weight, lambda: _with_rows(places, rows), rows.size * FLOAT64.itemsize)
+        )
+
     def _target(self, adapter: Adapter, name: str) -> str:
         """Return the name in the result of a tensor that an adapter changes."""
         if is_head(name) and name not in self._base:
@@ -365,6 +397,32 @@ class _Folding:
             )
         self._untied[head] = source
         self.config = untie(self.config)
+
+
+def _with_rows(places: tuple[int, ...], given: Tensor) -> Rows:
+    """Return a change in which some rows are replaced by others: ``[len(places), columns]``."""
+    order = np.argsort(places)
+    at = np.asarray(places)[order]
+    new = read_wide(given, 0, given.size).reshape(given.shape)[order]
+
+    def rows(base: Array, start: int) -> Array:
+        first, last = np.searchsorted(at, (start, start + len(base)))
+        changed = base.copy()
+        changed[at[first:last] - start] = new[first:last]
+        return changed
+
+    return Rows(rows, [new, at])
+
+
+class _Turned(Whole):
+    """What a change makes of a matrix whose transpose is stored."""
+
+    def __init__(self, change: Change) -> None:
+        def whole(base: Array) -> Array:
+            return np.ascontiguousarray(change.rows(np.ascontiguousarray(base.T), 0).T)
+
+        super().__init__(whole)
+        self._nbytes = change.nbytes
 
 
 class _Replaced(Rows):

@@ -24,12 +24,14 @@ class Form:
         parts: part -> its shape, of the parts that must be there.
         optional: part -> its shape, of those that may be there.
         shared: part -> its shape, of those that all layers share.
+        when: the key of the config without which it is not tried; None for a form that always is.
     """
 
     weight: str
     parts: Mapping[str, str]
     optional: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    when: str | None = None
 
     @property
     def names(self) -> set[str]:
@@ -94,10 +96,15 @@ class Form:
 
 
 def form(
-    weight: str, *, optional: Mapping[str, str] | None = None, shared: Mapping[str, str] | None = None, **parts: str
+    weight: str,
+    *,
+    optional: Mapping[str, str] | None = None,
+    shared: Mapping[str, str] | None = None,
+    when: str | None = None,
+    **parts: str,
 ) -> Form:
     """Return a form: ``form("out in", lora_A="r in", lora_B="out r")``."""
-    return Form(weight, parts, optional or {}, shared or {})
+    return Form(weight, parts, optional or {}, shared or {}, when)
 
 
 def declared(part: str) -> str:

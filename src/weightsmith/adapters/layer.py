@@ -28,7 +28,8 @@ class Weight:
 
     Attributes:
         tensor: the base's tensor.
-        transposed: whether the base stores it as ``[in, out]``.
+        transposed: whether the base stores it as ``[in, out]``; of the weights of several experts, ``[experts, out,
+            in]``, whether the last two axes are exchanged.
         shape: as the layer uses it.
     """
 
@@ -36,7 +37,7 @@ class Weight:
         """Look at a tensor, perhaps transposed."""
         self.tensor = tensor
         self.transposed = transposed
-        self.shape: Shape = tensor.shape[::-1] if transposed else tensor.shape
+        self.shape: Shape = (*tensor.shape[:-2], *tensor.shape[:-3:-1]) if transposed else tensor.shape
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -167,12 +168,32 @@ class Layer:
         return places
 
     def _tensor(self, part: str) -> Tensor:
-        return self.parts[part] if part in self.parts else self.shared[part]
+        tensor = self.parts.get(part, self.shared.get(part))
+        if tensor is None:
+            raise self.error(f"{part}, which all layers share, is not in the adapter's file")
+        return tensor
+
+    def has(self, name: str) -> bool:
+        """Whether the layer's form names such a length."""
+        return name in self._lengths
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether there is a base."""
+        return self._weight is not None
 
     def length(self, name: str) -> int:
         """Return the length that the layer's form names."""
         (length,) = self._lengths[name]
         return length
+
+    def __getitem__(self, part: str) -> Shape:
+        """Return the shape of a part, of this layer or shared.
+
+        Raises:
+            CheckpointError: if the adapter does not hold it.
+        """
+        return self._tensor(part).shape
 
     @property
     def shape(self) -> Shape:
@@ -208,14 +229,17 @@ class Layer:
 
     def number(self, name: str) -> float:
         """Return a setting that is a number."""
-        value = self._settings.value(name, self.name)
-        if value is None or isinstance(value, tuple):
-            raise self.error(f"adapter_config.json must give {name}, a number")
-        return float(value)
+        return float(self._number(name))
 
     def whole(self, name: str) -> int:
         """Return a setting that is a whole number."""
-        return int(self.number(name))
+        return int(self._number(name))
+
+    def _number(self, name: str) -> float:
+        value = self._settings.value(name, self.name)
+        if not isinstance(value, int | float):
+            raise self.error(f"adapter_config.json must give {name}, a number")
+        return value
 
     def given(self, name: str) -> bool:
         """Whether a setting has a value."""
@@ -224,11 +248,15 @@ class Layer:
     def wholes(self, name: str) -> tuple[int, ...]:
         """Return a setting that is a list of whole numbers."""
         value = self._settings.value(name, self.name)
-        return value if isinstance(value, tuple) else ()
+        return tuple(int(one) for one in value) if isinstance(value, tuple) else ()
 
     def flag(self, name: str) -> bool:
         """Return a setting that is true or false."""
         return bool(self._settings.value(name, self.name))
+
+    def among(self, name: str) -> bool:
+        """Whether the layer is one of those that a setting names."""
+        return self._settings.among(name, self.name)
 
     def text(self, name: str) -> str | None:
         """Return a setting that is text, or None where there is none."""

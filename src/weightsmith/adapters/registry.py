@@ -15,7 +15,22 @@ from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
 # The modules of weightsmith.adapters.kinds, in the order in which pages list them.
-_FAMILIES = ("low_rank", "factors", "sparse", "wavelets", "circular", "multiplied", "subspaces", "replaced")
+_FAMILIES = (
+    "low_rank",
+    "factors",
+    "shared_factors",
+    "products",
+    "scalings",
+    "multiplied",
+    "rotations",
+    "circular",
+    "blocks",
+    "sparse",
+    "spectrum",
+    "wavelets",
+    "subspaces",
+    "replaced",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,9 @@ class Parameterization:
         bias_alone: whether it changes biases, and no weights.
         with_head: whether a head that is tied to the embeddings changes with them.
         may_be_empty: whether a part may hold nothing.
+        ignored: first words of parts that bear on training alone.
+        elements: returns about how many numbers a layer's change holds, where they are more than its parts'.
+        by_rows: whether a change is formed by rows alone, so that a layer stored transposed needs its whole weight.
         source: where it is published.
     """
 
@@ -64,6 +82,9 @@ class Parameterization:
     bias_alone: bool = False
     with_head: bool = False
     may_be_empty: bool = False
+    ignored: tuple[str, ...] = ()
+    elements: Callable[[Layer], int] | None = None
+    by_rows: bool = False
     source: str = ""
 
     @property
@@ -100,6 +121,9 @@ def parameterization(
     bias_alone: bool = False,
     with_head: bool = False,
     may_be_empty: bool = False,
+    ignored: tuple[str, ...] = (),
+    elements: Callable[[Layer], int] | None = None,
+    by_rows: bool = False,
 ) -> Callable[[Callable[[Layer], Change]], Callable[[Layer], Change]]:
     """Register a kind of adapter; the arguments are the attributes of :class:`Parameterization`."""
 
@@ -125,6 +149,9 @@ def parameterization(
             bias_alone=bias_alone,
             with_head=with_head,
             may_be_empty=may_be_empty,
+            ignored=ignored,
+            elements=elements,
+            by_rows=by_rows,
             source=source,
         )
         return function

@@ -9,13 +9,18 @@ from typing import Any, Literal
 from weightsmith.adapters.patterns import Patterns
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
-Value = float | int | bool | str | tuple[int, ...] | None
+Value = float | int | bool | str | tuple[str, ...] | tuple[int, ...] | None
+# Characters of a name or a pattern of modules.
+_LONGEST = 1_000
 _KINDS = {
     "number": "number",
     "whole": "whole number",
     "wholes": "list of whole numbers",
     "flag": "true or false",
     "text": "text",
+    "word": "true, false or text",
+    "set": "setting",
+    "modules": "list of modules, or a pattern of them",
 }
 
 
@@ -25,7 +30,8 @@ class Setting:
 
     Attributes:
         name: the key.
-        kind: what its value is.
+        kind: what its value is. ``word`` is text, where true and false are words as well; ``set`` says whether it is
+            set at all, to whatever; ``modules`` names modules by their ends, or by a pattern.
         default: the value where the config has none.
         about: what it means.
         patterns: another key, whose patterns give values to modules of their own.
@@ -33,7 +39,7 @@ class Setting:
     """
 
     name: str
-    kind: Literal["number", "whole", "wholes", "flag", "text"]
+    kind: Literal["number", "whole", "wholes", "flag", "text", "word", "set", "modules"]
     default: Value
     about: str
     patterns: str | None = None
@@ -45,11 +51,17 @@ class Setting:
         Raises:
             CheckpointError: if it is of another kind.
         """
-        if value is None and (self.default is None or self.kind == "flag"):
+        if self.kind == "set":
+            return bool(value)
+        if value is None and (self.default is None or self.kind in ("flag", "word")):
             return self.default
+        if self.kind == "word" and isinstance(value, bool):
+            value = str(value).lower()
+        if self.kind == "modules":
+            return _modules(owner, self.name, value)
         if self.kind == "flag":
-            good = isinstance(value, bool) or value in (0, 1)
-        elif self.kind == "text":
+            good = isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1))
+        elif self.kind in ("text", "word"):
             good = isinstance(value, str) and len(value) < 200
         elif self.kind == "wholes":
             good = isinstance(value, list | tuple) and all(_is_number(one) and one == int(one) for one in value)
@@ -70,6 +82,17 @@ class Setting:
         if self.kind == "wholes":
             return tuple(int(one) for one in value)
         return int(value) if self.kind == "whole" else value
+
+
+def _modules(owner: str, key: str, value: Any) -> Value:
+    """Return modules' names as a list, or a pattern as text."""
+    if isinstance(value, str) and len(value) < _LONGEST:
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(name, str) and len(name) < _LONGEST for name in value):
+        return tuple(value)
+    raise CheckpointError(
+        f"{owner}: adapter_config.json gives {key} as {shown(value)}, which is neither a list of modules nor a pattern"
+    )
 
 
 class Settings:
@@ -93,6 +116,10 @@ class Settings:
             self._values[setting.name] = setting.check(owner, config.get(setting.name, setting.default))
             if setting.patterns is not None:
                 self._patterns[setting.name] = _patterns(owner, setting, config.get(setting.patterns) or {})
+            value = self._values[setting.name]
+            if setting.kind == "modules" and isinstance(value, str):
+                # PEFT matches the whole name: nothing but the pattern from its start on.
+                self._patterns[setting.name] = _compiled(owner, setting.name, {f"^(?:{value})$": 1})
 
     def value(self, name: str, module: str) -> Value:
         """Return a setting's value for a module."""
@@ -100,6 +127,13 @@ class Settings:
         if name in self._patterns and isinstance(value, int | float):
             return self._patterns[name].value(module, value)
         return value
+
+    def among(self, name: str, module: str) -> bool:
+        """Whether a module is one of those that a setting of the kind ``modules`` names."""
+        value = self._values[name]
+        if isinstance(value, tuple):
+            return any(module.endswith(str(ending)) for ending in value)
+        return value is not None and self._patterns[name].value(module, 0) == 1
 
 
 def _is_number(value: Any) -> bool:
@@ -115,6 +149,10 @@ def _patterns(owner: str, setting: Setting, given: Any) -> Patterns:
         setting.check(owner, value, f"{key}[{shown(pattern)}]")
         if value is None:
             raise CheckpointError(f"{owner}: adapter_config.json gives {key}[{shown(pattern)}] no value")
+    return _compiled(owner, key, given)
+
+
+def _compiled(owner: str, key: str, given: Mapping[str, float]) -> Patterns:
     try:
         return Patterns(given)
     except CheckpointError as error:

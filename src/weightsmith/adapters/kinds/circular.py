@@ -24,6 +24,7 @@ def _check_c3a(layer: Layer) -> None:
     forms=(form("m*b n*b", c3a_kernel="m n b"),),
     settings=(Setting("block_size", "whole", 256, "rows and columns of a block", patterns="block_size_pattern"),),
     check=_check_c3a,
+    by_rows=True,
     source="Chen et al., Parameter-Efficient Fine-Tuning via Circular Convolution, ACL 2025, arXiv:2407.19342",
 )
 def c3a(layer: Layer) -> Added:
@@ -76,6 +77,7 @@ def _check_road(layer: Layer) -> None:
     bias=lambda layer, bias: _Rotation(layer).of(bias[:, None], 0)[:, 0],
     needs_bias=False,
     whole=lambda layer: layer.whole("group_size") > _STREAMED,
+    by_rows=True,
     source="Liao and Monz, 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and "
     "Composability, NeurIPS 2024, arXiv:2409.00119",
 )

@@ -77,6 +77,7 @@ _GRALORA = {"gralora_A": "k i r", "gralora_B": "k r o"}
         Setting("gralora_k", "whole", 2, "blocks to a side"),
     ),
     check=_check_gralora,
+    elements=lambda layer: layer.length("k") * sum(part.size for part in layer.parts.values()),
     source="Jung et al., GraLoRA: Granular Low-Rank Adaptation, NeurIPS 2025, arXiv:2505.20355",
 )
 def gralora(layer: Layer) -> LowRank:
@@ -142,6 +143,7 @@ def _check_vblora(layer: Layer) -> None:
     places=("vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices"),
     may_be_empty=True,
     check=_check_vblora,
+    elements=lambda layer: layer.length("r") * (layer.rows + layer.columns),
     source="Li et al., VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, NeurIPS 2024, "
     "arXiv:2405.15179",
 )
@@ -239,6 +241,7 @@ def _check_pvera(layer: Layer) -> None:
     lacking="PyTorch draws its random projections anew, and they are not the same everywhere: save it with "
     "save_projection=True in PEFT's PveraConfig",
     check=_check_pvera,
+    elements=lambda layer: layer.length("r") * (layer.rows + layer.columns),
     source="PVeRA: Probabilistic Vector-Based Random Matrix Adaptation, 2025, arXiv:2512.07703",
 )
 def pvera(layer: Layer) -> LowRank:

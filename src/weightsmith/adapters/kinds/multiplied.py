@@ -25,6 +25,7 @@ from weightsmith.checkpoint.tensor import Array
         form("out in d h w", hira_A="r in d h w", hira_B="out r 1 1 1"),
         form("v d", hira_embedding_A="r v", hira_embedding_B="d r"),
     ),
+    by_rows=True,
     source="Huang et al., HiRA: Parameter-Efficient Hadamard High-Rank Adaptation, ICLR 2025",
 )
 def hira(layer: Layer) -> Rows:
@@ -133,6 +134,7 @@ _GLORA_NAMES = {f"{path}{short}": f"glora_{path}.X{short}" for path in "ABC" for
     check=_check_glora,
     changes_bias=lambda layer: any(f"glora_{path}.{part}" in layer for path in "CDE" for part in ("X", "Xd")),
     bias=_glora_bias,
+    by_rows=True,
     source="Chavan et al., One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, 2023, arXiv:2306.07967",
 )
 def glora(layer: Layer) -> Rows:

@@ -19,6 +19,7 @@ from weightsmith.checkpoint.tensor import Array
     aliases={"ln_tuning_layers": "tuned", "ln_tuning_layers.bias": "tuned.bias"},
     changes_bias=lambda layer: "tuned.bias" in layer,
     bias=lambda layer, bias: layer.array("tuned.bias"),
+    by_rows=True,
     source="Zhao et al., Tuning LayerNorm in Attention, ICLR 2024, arXiv:2312.11420",
 )
 def ln_tuning(layer: Layer) -> Rows:
@@ -62,6 +63,7 @@ def _check_tokens(layer: Layer) -> None:
     settings=(Setting("token_indices", "wholes", (), "the tokens whose embeddings were trained, in the rows' order"),),
     check=_check_tokens,
     with_head=True,
+    by_rows=True,
     source="PEFT's TrainableTokensConfig",
 )
 def trainable_tokens(layer: Layer) -> Rows:

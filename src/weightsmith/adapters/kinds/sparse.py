@@ -40,6 +40,7 @@ class Scattered(Added):
     "SHiRA",
     forms=(form("out in", shira_weight="k", shira_indices="2 k"),),
     places=("shira_indices",),
+    by_rows=True,
     source="Bhardwaj et al., Sparse High Rank Adapters, NeurIPS 2024, arXiv:2406.13175",
 )
 def shira(layer: Layer) -> Scattered:
@@ -77,6 +78,7 @@ _SUPER = {"supertuning_values": "k", "supertuning_indices": "k"}
     lacking="the places of the base's largest entries come in an order that ties leave open: save it with "
     "save_precomputed_indices=True in PEFT's SupertuningConfig",
     check=_check_supertuning,
+    by_rows=True,
     source="Super-Tuning, 2026, arXiv:2607.09287",
 )
 def supertuning(layer: Layer) -> Added:

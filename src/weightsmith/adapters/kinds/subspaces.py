@@ -146,6 +146,8 @@ _SAVED = "save it with save_projection=True in PEFT's FrodConfig"
     may_be_empty=True,
     lacking=_SAVED,
     check=_check_frod,
+    by_rows=True,
+    elements=lambda layer: 2 * layer.columns**2,
     source="FRoD, as PEFT 0.21 has it",
 )
 def frod(layer: Layer) -> Rows:

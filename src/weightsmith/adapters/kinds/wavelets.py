@@ -43,6 +43,7 @@ def _check(layer: Layer) -> None:
         Setting("random_loc_seed", "whole", 777, "the seed that decides which coefficients are trained"),
     ),
     check=_check,
+    by_rows=True,
     source="Bilican et al., Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, 2025, "
     "arXiv:2505.12532",
 )
