@@ -48,14 +48,9 @@ def hira(layer: Layer) -> Rows:
     return Rows(rows, [left, right])
 
 
-# The ways in which one path of GLoRA may be held. A path that is switched off is held as zeros, or not at all.
-_MATRIX: tuple[dict[str, str], ...] = (
-    {"Xd": "out r", "Xu": "r in"},
-    {"X": "out 1"},
-    {"X": "1"},
-    {"zeros": "out in"},
-    {},
-)
+# The ways in which one path of GLoRA may be held; the last is a path that is switched off, as zeros or not at all.
+_OFF: dict[str, str] = {}
+_MATRIX = ({"Xd": "out r", "Xu": "r in"}, {"X": "out 1"}, {"X": "1"}, _OFF)
 _COLUMN = {"Xd": "in r", "Xu": "r 1", "X": "in 1", "zeros": "in 1"}
 
 
@@ -63,12 +58,12 @@ def _glora_forms() -> tuple[Form, ...]:
     """Return one form for every pair of ways in which A and B may be held."""
     forms = []
     for ways in product(_MATRIX, _MATRIX):
+        paths = list(zip("AB", ways, strict=True))
         parts = {
-            f"glora_{path}.{part}": text.replace("r", f"r{path}")
-            for path, way in zip("AB", ways, strict=True)
-            for part, text in way.items()
+            f"glora_{path}.{part}": text.replace("r", f"r{path}") for path, way in paths for part, text in way.items()
         }
-        optional = {f"glora_C.{part}": text.replace("r", "rC") for part, text in _COLUMN.items()}
+        optional = {f"glora_{path}.zeros": "out in" for path, way in paths if way is _OFF}
+        optional |= {f"glora_C.{part}": text.replace("r", "rC") for part, text in _COLUMN.items()}
         optional |= {f"glora_{path}.X": f"n{path}" for path in "DE"}
         optional |= {f"glora_{path}.zeros": "out" for path in "DE"}
         forms.append(Form("out in", parts, optional))
