@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from weightsmith.adapters.registry import NOT_WEIGHTS, Parameterization, all_parameterizations
+from weightsmith.adapters.registry import NOT_IN_FILE, NOT_WEIGHTS, Parameterization, all_parameterizations
 from weightsmith.bundle.kind import kinds
 from weightsmith.cli.main import cli
 from weightsmith.methods.registry import all_methods
@@ -176,6 +176,8 @@ def adapters_page() -> str:
         lines += _adapter(kind)
     lines += ["", "## What no plain weights equal", "", "| `peft_type` | why it is refused |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in NOT_WEIGHTS.items()]
+    lines += ["", "## What files do not tell", "", "| `peft_type` | why it is refused |", "|---|---|"]
+    lines += [f"| {name} | {reason} |" for name, reason in NOT_IN_FILE.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -187,6 +189,7 @@ def _adapter(kind: Parameterization) -> list[str]:
             ", ".join(f"`{part} [{', '.join(shape.split())}]`" for part, shape in shapes.items())
             for shapes in (form.parts, form.optional)
         )
+        parts += "".join(f", shared `{part} [{', '.join(text.split())}]`" for part, text in form.shared.items())
         when = "" if form.when is None else f"`{form.when}`"
         lines.append(f"| `[{', '.join(form.weight.split())}]` | {parts} | {optional} | {when} |")
     if kind.shared:
@@ -201,6 +204,8 @@ def _adapter(kind: Parameterization) -> list[str]:
     if kind.refuses:
         lines += ["", "| refused | because |", "|---|---|"]
     lines += [f"| `{key}` | {reason} |" for key, reason in kind.refuses.items()]
+    if kind.lacking:
+        lines += ["", f"**Where parts are not in the file:** {kind.lacking}."]
     return lines
 
 
