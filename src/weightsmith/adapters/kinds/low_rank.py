@@ -53,7 +53,7 @@ def _check(layer: Layer) -> None:
     if layer.has("er"):
         _check_experts(layer)
         return
-    if layer.flag("use_bdlora"):
+    if layer.has("part"):
         _check_blocks(layer)
         return
     check_rank(layer, layer.length("r"))
@@ -182,7 +182,7 @@ def lora(layer: Layer) -> Change:
         return _embeddings_with_norms(layer, product) if MAGNITUDE in layer else product
     down, up = layer.array("lora_A"), layer.array("lora_B")
     rank = len(down)
-    if layer.flag("use_bdlora"):
+    if layer.has("part"):
         down, up = _full(down, layer.columns // down.shape[1]), _full(up, rank // up.shape[1])
     left = up.reshape(-1, rank) * scale(layer, rank)
     if _DIAGONAL in layer:
