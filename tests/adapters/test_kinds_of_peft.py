@@ -17,9 +17,9 @@ import weightsmith as ws
 from conftest import write_safetensors
 from weightsmith.adapters.change import LowRank
 from weightsmith.adapters.fold import FoldedTensor, fold
-from weightsmith.adapters.kinds.low_rank import row_norms
 from weightsmith.adapters.kinds.spectrum import shuffled
 from weightsmith.adapters.layer import Weight
+from weightsmith.adapters.norms import row_norms
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError, PlanError
