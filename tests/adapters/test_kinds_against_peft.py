@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.boft.layer import BOFTLayer
 from transformers.pytorch_utils import Conv1D
 
 import weightsmith as ws
@@ -270,3 +271,25 @@ def test_adapters_that_are_no_plain_weights_or_lack_their_random_numbers_are_ref
     adapted(tmp_path, Net(), peft.OFTConfig(r=0, oft_block_size=3, target_modules=["plane"]))
     with pytest.raises(CheckpointError, match="overlapping patches"):
         folded(tmp_path)
+
+
+@pytest.mark.parametrize("factors", [2, 3])
+def test_butterfly_factors_are_applied_between_pefts_permutations(factors, tmp_path):
+    """PEFT forms more than one factor on a GPU alone; its permutations are formed anywhere."""
+    rng = np.random.default_rng(5)
+    blocks, size, width = 8, 4, 32
+    weight, raw, scale = (rng.standard_normal(shape) for shape in ((6, width), (factors, blocks, size, size), (6, 1)))
+    rotation = np.eye(width)
+    for i in range(factors):
+        order = BOFTLayer.block_butterfly_perm(None, width, blocks >> i, size // 2, factors - 1)
+        permutation = BOFTLayer.perm2mat(None, order).double().numpy()
+        diagonal = torch.block_diag(*BOFTLayer.cayley_batch(None, torch.from_numpy(raw[i]))).numpy()
+        rotation = permutation @ diagonal @ permutation.T @ rotation
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "BOFT"}))
+    parts = {"base_model.model.q.boft_R": raw, "base_model.model.q.boft_s": scale}
+    write_safetensors(tmp_path / "adapter" / "adapter_model.safetensors", parts)
+    (tmp_path / "base").mkdir()
+    write_safetensors(tmp_path / "base" / "model.safetensors", {"q.weight": weight})
+    found = folded(tmp_path)["q.weight"].numpy()
+    np.testing.assert_allclose(found, weight @ rotation.T * scale, rtol=1e-12, atol=1e-12)

@@ -148,7 +148,7 @@ class Adapter:
             chosen
             for chosen in permutations(names, len(modules))
             if all(
-                any(self.fits(module, view) for view in views[name])
+                any(self._fit(module, view) is not None for view in views[name])
                 for module, name in zip(modules, chosen, strict=True)
             )
         ]
@@ -164,8 +164,12 @@ class Adapter:
             self.modules[name] = self.modules.pop(module)
 
     def fits(self, module: str, weight: Weight) -> bool:
-        """Whether the shapes of a module's parts fit a weight."""
-        return self._fit(module, weight) is not None
+        """Whether the shapes of a module's parts fit a weight, and what its kind checks of them as well."""
+        try:
+            self.layer(module, weight)
+        except (CheckpointError, PlanError):
+            return False
+        return True
 
     def change(self, module: str, weight: Weight | None = None) -> Change:
         """Read what is held for a module, and return what becomes of its weight.

@@ -240,6 +240,10 @@ class _Folding:
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add an adapter's changes."""
         adapter.bind(self._base)
+        # Tables that tokens were added to, and whose longer form the adapter changes, come first.
+        longer = [name for name in adapter.plain if self._lengthens(adapter, name)]
+        for name in longer:
+            self._add_plain(adapter, name, adapter.plain[name], weight)
         square = adapter.transposed or self.config.get("model_type") in _EXPERTS_TURNED
         sides = {module: self._sides(adapter, module) for module in adapter.modules}
         for module, known in sides.items():
@@ -250,19 +254,20 @@ class _Folding:
             (likely,) = told - {None}
             self._add_layer(adapter, module, weight, transposed=bool(likely if known is None else known))
         for name, tensor in adapter.plain.items():
-            self._add_plain(adapter, name, tensor, weight)
+            if name not in longer:
+                self._add_plain(adapter, name, tensor, weight)
         for name, (places, rows) in adapter.tokens.items():
             self._add_tokens(adapter, name, places, rows, weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the result's tensors."""
         tensors: dict[str, Tensor] = dict(self._base)
+        tensors |= self._longer
         for name, source in self._untied.items():
-            tensors[name] = self._base[source]
+            tensors[name] = self._source(source)
         for name, terms in self._terms.items():
             tensors[name] = FoldedTensor(self._source(name), terms, transposed=self._transposed.get(name, False))
         if self._longer:
-            tensors |= self._longer
             self._count_rows(tensors)
         return tensors
 
@@ -270,7 +275,7 @@ class _Folding:
         """Have the config say how many rows its tables of tokens have now."""
         counts = set(row_counts(self.config))
         tables = {
-            name: (self._source(name).shape[0], tensor.shape[0])
+            name: (self._base[self._untied.get(name, name)].shape[0], tensor.shape[0])
             for name, tensor in tensors.items()
             if name in self._longer
             or ((is_head(name) or role(name) == "embedding") and tensor.shape and tensor.shape[0] in counts)
@@ -278,7 +283,15 @@ class _Folding:
         self.config, _ = with_rows(self.config, tables)
 
     def _source(self, name: str) -> Tensor:
-        return self._base[self._untied.get(name, name)]
+        own = self._untied.get(name, name)
+        return self._longer[own] if own in self._longer else self._base[own]
+
+    def _lengthens(self, adapter: Adapter, name: str) -> bool:
+        """Whether an adapter brings a table that it changes as well, with more rows than the base's."""
+        module = name.removesuffix(".weight")
+        if module not in adapter.modules or (is_head(name) and name not in self._base):
+            return False
+        return self._source(self._target(adapter, name)).shape != adapter.plain[name].shape
 
     def _sides(self, adapter: Adapter, module: str) -> bool | None:
         """Return whether a layer is stored transposed, where its shape tells: None if both ways fit, or neither."""
@@ -327,8 +340,8 @@ class _Folding:
             )
         if self._base[bias].shape != (layer.rows,):
             raise PlanError(
-                f"{adapter.name} changes the bias of {module}, which has {layer.rows} outputs, and {bias} is "
-                f"{list(self._base[bias].shape)}"
+                f"{adapter.name} changes the bias of {module}, {layer.rows} numbers, and {self._base.name} has {bias} "
+                f"as {list(self._base[bias].shape)}"
             )
         assert adapter.kind.bias is not None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from weightsmith.adapters.change import Added, Change, LowRank, Scaled, Whole
 from weightsmith.adapters.forms import form
 from weightsmith.adapters.layer import Layer, Weight
+from weightsmith.adapters.norms import ratio, row_norms, with_norms
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
 from weightsmith.checkpoint.tensor import Array
@@ -21,8 +21,6 @@ STABILISED = Setting("use_rslora", "flag", False, "the change is scaled by alpha
 MAGNITUDE = "lora_magnitude_vector"
 _DIAGONAL = "lora_diag"
 _EMBEDDING = "lora_embedding_A"
-# Below this share of the base's own norm, squared, a norm found from its factors has lost digits.
-_CANCELLED = 1e-4
 # Starts that take the part out of the base that the factors hold at first, and can be found again from the base alone.
 _RESIDUAL = ("pissa", "olora")
 _UNKNOWN_RESIDUAL = {
@@ -53,7 +51,7 @@ def _check(layer: Layer) -> None:
     if layer.has("er"):
         _check_experts(layer)
         return
-    if layer.flag("use_bdlora"):
+    if layer.has("part"):
         _check_blocks(layer)
         return
     check_rank(layer, layer.length("r"))
@@ -182,7 +180,7 @@ def lora(layer: Layer) -> Change:
         return _embeddings_with_norms(layer, product) if MAGNITUDE in layer else product
     down, up = layer.array("lora_A"), layer.array("lora_B")
     rank = len(down)
-    if layer.flag("use_bdlora"):
+    if layer.has("part"):
         down, up = _full(down, layer.columns // down.shape[1]), _full(up, rank // up.shape[1])
     left = up.reshape(-1, rank) * scale(layer, rank)
     if _DIAGONAL in layer:
@@ -257,96 +255,11 @@ def _without_start(layer: Layer, product: LowRank, start: str) -> Change:
     return Whole(whole, [product.left, product.right])
 
 
-class _Normed(Change):
-    """A product is added, after which every row is brought to a norm."""
-
-    def __init__(self, product: LowRank, magnitude: Array, weight: Weight | None) -> None:
-        self._product = product
-        self._magnitude = magnitude
-        self._weight = weight
-
-    @property
-    def nbytes(self) -> int:
-        return self._product.nbytes + self._magnitude.nbytes
-
-    def rows(self, base: Array, start: int) -> Array:
-        changed = self._product.rows(base, start)
-        norms = np.sqrt(np.einsum("ij,ij->i", changed, changed))
-        changed *= _ratio(self._magnitude[start : start + len(base)], norms)[:, None]
-        return changed
-
-    def turned(self) -> Change | None:
-        if self._weight is None:
-            return None
-        norms = row_norms(self._weight, self._product)
-        return Scaled(self._product, rows=_ratio(self._magnitude, norms)).turned()
-
-
-def with_norms(product: LowRank, magnitude: Array, weight: Weight | None = None) -> Change:
-    """Return a product that is added, after which every row is brought to a norm.
-
-    Args:
-        product: what is added.
-        magnitude: the norms: ``[out]``, float64.
-        weight: the base's weight. Where it is stored transposed, its rows are no rows of what is stored, and their
-            norms are found before by :func:`row_norms`, so that the rest is done a block at a time as well.
-    """
-    return _Normed(product, magnitude, weight)
-
-
 def _embeddings_with_norms(layer: Layer, product: LowRank) -> Change:
     """Return DoRA of embeddings: every column ``[v]`` is brought to a norm."""
     columns = Weight(layer.weight.tensor, transposed=True)
     norms = row_norms(columns, product.turned())
-    return Scaled(product, columns=_ratio(layer.array(MAGNITUDE), norms))
-
-
-def _ratio(magnitude: Array, norms: Array) -> Array:
-    # A row of zeros has no direction; it stays as it is, whatever its magnitude.
-    return np.divide(magnitude, norms, out=np.ones(len(norms)), where=norms > 0)
-
-
-def row_norms(weight: Weight, product: LowRank) -> Array:
-    """Return the norms of the rows of ``W + L R``, without forming the product: ``[out]``, float64.
-
-    ``||w + l R||^2 = w.w + 2 l.(R w) + l (R R^T) l``, in one pass over W. Where that is small beside ``w.w``, digits
-    cancel; such rows are formed after all, in a second pass.
-
-    Args:
-        weight: W, read in tiles of what is stored.
-        product: L ``[out, rank]`` and R ``[rank, columns]``.
-
-    Source: the card of factored-norm DoRA (sockeye44/dorafactors); the second pass is ours.
-    """
-    left, right = product.left, product.right
-    own = np.zeros(len(left))
-    mixed = np.zeros(left.shape)
-    for start, tile in _stored(weight):
-        if weight.transposed:
-            own += np.einsum("ij,ij->j", tile, tile)
-            mixed += tile.T @ right[:, start : start + len(tile)].T
-        else:
-            own[start : start + len(tile)] = np.einsum("ij,ij->i", tile, tile)
-            mixed[start : start + len(tile)] = tile @ right.T
-    squares = own + 2 * np.einsum("ij,ij->i", left, mixed) + np.einsum("ij,ij->i", left @ (right @ right.T), left)
-    (cancelled,) = np.nonzero(~(squares >= _CANCELLED * own))
-    if len(cancelled):
-        squares[cancelled] = 0
-        for start, tile in _stored(weight):
-            if weight.transposed:
-                formed = tile[:, cancelled].T + left[cancelled] @ right[:, start : start + len(tile)]
-                squares[cancelled] += np.einsum("ij,ij->i", formed, formed)
-            else:
-                here = cancelled[(cancelled >= start) & (cancelled < start + len(tile))]
-                formed = tile[here - start] + left[here] @ right
-                squares[here] = np.einsum("ij,ij->i", formed, formed)
-    norms: Array = np.sqrt(squares)
-    return norms
-
-
-def _stored(weight: Weight) -> Iterator[tuple[int, Array]]:
-    """Read what is stored, in tiles of its own rows."""
-    return Weight(weight.tensor).tiles()
+    return Scaled(product, columns=ratio(layer.array(MAGNITUDE), norms))
 
 
 _INITIAL = Setting("init_r", "whole", 12, "the rank at first, by which the change is divided")
