@@ -233,7 +233,7 @@ FROD = {
         (
             {"peft_type": "ROAD", "group_size": 2, "fan_in_fan_out": True},
             {"q.road_theta": numbers(3), "q.road_alpha": numbers(3)},
-            r"the bias of q, which has 6 outputs, and q.bias is \[8\]",
+            r"changes the bias of q, .*6 .*q.bias .*\[8\]",
         ),
         ({"peft_type": "GLORA", "r": 2}, {"q.D": numbers(5)}, "glora_D.X has 5 numbers; needed is 1, or one for each"),
         (
