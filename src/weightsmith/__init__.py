@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from weightsmith.methods.registry import Param, PerModel, method
     from weightsmith.recipe.load import load_recipe
     from weightsmith.recipe.schema import Recipe
+    from weightsmith.reparameterized.fold import fold_model
     from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
@@ -41,6 +42,7 @@ _HOMES = {
     "average": "weightsmith.api",
     "diff": "weightsmith.api",
     "fuse": "weightsmith.api",
+    "fold_model": "weightsmith.reparameterized.fold",
     "load_recipe": "weightsmith.recipe.load",
     "merge": "weightsmith.api",
     "merge_arrays": "weightsmith.engine.arrays",
@@ -70,6 +72,7 @@ __all__ = [
     "bundle",
     "diff",
     "fuse",
+    "fold_model",
     "load_recipe",
     "merge",
     "merge_arrays",

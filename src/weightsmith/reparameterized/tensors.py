@@ -1,0 +1,71 @@
+"""The tensors of a layer that is made of others: its kernel and its bias, computed as they are read."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from weightsmith import dtypes
+from weightsmith.checkpoint.recent import RECENT
+from weightsmith.checkpoint.tensor import Array, Tensor
+from weightsmith.kernels.convert import narrow
+from weightsmith.reparameterized.layer import Layer, tile_rows
+
+
+class MadeTensor(Tensor):
+    """A tensor of a layer that is made of others.
+
+    Attributes:
+        layer: the layer.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], layer: Layer) -> None:
+        self.name = name
+        self.shape = shape
+        self.dtype = layer.dtype
+        self.layer = layer
+
+    def read(self, start: int, stop: int) -> Array:
+        """See :meth:`Tensor.read`; rounded to this tensor's dtype."""
+        return narrow(self.read_wide(start, stop), self.dtype)
+
+    def read_wide(self, start: int, stop: int) -> Array:
+        """Return elements ``start`` to ``stop``, not in this tensor's dtype: ``[n]``, float32 (float64 if it is)."""
+        return narrow(self.exact(start, stop), dtypes.working_dtype([self.dtype]))
+
+    def exact(self, start: int, stop: int) -> Array:
+        """Return elements ``start`` to ``stop`` as they are computed: ``[n]``, float64."""
+        raise NotImplementedError
+
+
+class KernelTensor(MadeTensor):
+    """The kernel of a layer, made in tiles of rows that its shape alone decides."""
+
+    def __init__(self, name: str, layer: Layer, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__(name, layer.shape if shape is None else shape, layer)
+
+    def exact(self, start: int, stop: int) -> Array:
+        """See :meth:`MadeTensor.exact`."""
+        layer = self.layer
+        width, step = max(math.prod(layer.shape[1:]), 1), tile_rows(layer.shape)
+        values = np.empty(stop - start)
+        for tile in range(start // (step * width), -(-stop // (step * width))):
+            first, last = tile * step, min((tile + 1) * step, layer.out)
+            (made,) = RECENT.get(self, lambda: (np.ascontiguousarray(layer.rows(first, last)),), tile)  # noqa: B023
+            begin, end = max(start, first * width), min(stop, last * width)
+            values[begin - start : end - start] = made.reshape(-1)[begin - first * width : end - first * width]
+        return values
+
+
+class BiasTensor(MadeTensor):
+    """The bias of a layer that has one."""
+
+    def __init__(self, name: str, layer: Layer) -> None:
+        super().__init__(name, (layer.outputs or layer.out,), layer)
+
+    def exact(self, start: int, stop: int) -> Array:
+        """See :meth:`MadeTensor.exact`."""
+        bias = self.layer.bias
+        assert bias is not None, "only a layer's own bias is a tensor"
+        return RECENT.get(self, lambda: (bias(),))[0][start:stop]
