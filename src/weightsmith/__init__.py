@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from weightsmith.recipe.load import load_recipe
     from weightsmith.recipe.schema import Recipe
     from weightsmith.reparameterized.fold import fold_model
+    from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_norm
     from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
@@ -52,6 +53,8 @@ _HOMES = {
     "plan": "weightsmith.api",
     "reproduce": "weightsmith.verification",
     "save": "weightsmith.api",
+    "unfold_compander": "weightsmith.reparameterized.unfold",
+    "unfold_weight_norm": "weightsmith.reparameterized.unfold",
     "verify": "weightsmith.verification",
 }
 
@@ -82,6 +85,8 @@ __all__ = [
     "plan",
     "reproduce",
     "save",
+    "unfold_compander",
+    "unfold_weight_norm",
     "verify",
 ]
 

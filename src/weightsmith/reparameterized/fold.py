@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import yaml
-
-from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
-from weightsmith.checkpoint.companions import write_companions
-from weightsmith.checkpoint.layout import Part
-from weightsmith.checkpoint.safetensors import natural_order
-from weightsmith.engine.plan import Plan
-from weightsmith.errors import PlanError, RecipeError, did_you_mean
-from weightsmith.plan.output import Output, parts_of
-from weightsmith.recipe.yaml_text import parse
+from weightsmith.errors import PlanError, did_you_mean
 from weightsmith.reparameterized.block_rules import (
     fold_branches,
     fold_chunks,
@@ -31,14 +22,13 @@ from weightsmith.reparameterized.block_rules import (
 from weightsmith.reparameterized.instructions import Given, Instruction, read_instructions
 from weightsmith.reparameterized.layer import NotExact
 from weightsmith.reparameterized.model import EPS, Model
+from weightsmith.reparameterized.result import Restructured, Source, opened
 from weightsmith.reparameterized.weight_rules import (
     fold_said_weights,
     fold_sigma_reparam,
     fold_spectral_norm,
     fold_weight_norm,
 )
-
-Source = str | os.PathLike[str] | Checkpoint
 
 # Inner structure before what is made of it. Each rule may fold what an earlier one made.
 RULES: tuple[Callable[[Model], None], ...] = (
@@ -97,11 +87,10 @@ class Count:
     results: int
 
 
-class FoldedModel(Output):
+class FoldedModel(Restructured):
     """A model whose structure is folded: its layers are computed as they are written.
 
     Attributes:
-        model: the model as it is.
         folds: what was folded.
         instructions: what a person said of it.
     """
@@ -117,7 +106,6 @@ class FoldedModel(Output):
             PlanError: if nothing is recognised, an instruction is of nothing that is there, or something that is
                 recognised cannot be folded exactly.
         """
-        _check(model)
         working = Model(model.name, dict(model), instructions)
         for rule in RULES:
             try:
@@ -125,21 +113,11 @@ class FoldedModel(Output):
             except NotExact as error:
                 raise working.error(working.place or "the model", str(error)) from None
         _check_used(working, model)
-        self.model = model
         self.instructions = tuple(instructions)
         self.folds = tuple(fold for fold in working.folds if fold.results)
         if not self.folds:
             raise _nothing(working)
-        tensors = {name: working.tensors[name] for name in sorted(working.tensors, key=natural_order)}
-        super().__init__(
-            f"{model.name} (folded)",
-            tensors,
-            inputs=[model],
-            written={},
-            companions=model.companions,
-            warnings=tuple(_warnings(working)),
-            components=model.components,
-        )
+        super().__init__(model, f"{model.name} (folded)", working.tensors, tuple(_warnings(working)))
 
     def counts(self) -> list[Count]:
         """Return what was folded, by kind."""
@@ -151,18 +129,9 @@ class FoldedModel(Output):
                 counts.append(Count(kind, len(found), len(sources), sum(len(fold.results) for fold in found)))
         return counts
 
-    def to_yaml(self) -> str:
-        """See :meth:`Output.to_yaml`."""
-        content = {"model": self.model.name, "rules": [one.to_json() for one in self.instructions]}
-        return yaml.safe_dump({"reparameterized": content}, sort_keys=False, allow_unicode=True)
-
-    def parts(self) -> list[Part]:
-        """See :meth:`Output.parts`."""
-        return parts_of(self)
-
-    def write_beside(self, folder: Path, plan: Plan) -> list[str]:
-        """See :meth:`Output.write_beside`."""
-        return write_companions(folder, self.config, self.companions.files)
+    def how(self) -> dict[str, Any]:
+        """See :meth:`Restructured.how`."""
+        return {"rules": [one.to_json() for one in self.instructions]}
 
 
 def fold_model(
@@ -195,38 +164,7 @@ def fold_model(
         CheckpointError: if the model cannot be read.
     """
     instructions = read_instructions(rules, rules_file)
-    return FoldedModel(model if isinstance(model, Checkpoint) else open_checkpoint(model), instructions)
-
-
-def is_recipe(text: str) -> bool:
-    """Whether a manifest's recipe is that of a folded model."""
-    return text.startswith("reparameterized:\n")
-
-
-def remake(text: str) -> FoldedModel:
-    """Return the folded model that a manifest's recipe describes.
-
-    Args:
-        text: the recipe, as :meth:`FoldedModel.to_yaml` writes it.
-
-    Raises:
-        RecipeError: if it is no such recipe.
-        CheckpointError: if the model cannot be read.
-    """
-    (document,) = parse(text, "the folded model's recipe")
-    content = document["reparameterized"]
-    if not isinstance(content, Mapping) or set(content) != {"model", "rules"} or not isinstance(content["rules"], list):
-        raise RecipeError("the recipe of a folded model cannot be understood: it has other keys than model and rules")
-    if not isinstance(content["model"], str):
-        raise RecipeError("the recipe of a folded model cannot be understood: model is no text")
-    return fold_model(content["model"], content["rules"])
-
-
-def _check(model: Checkpoint) -> None:
-    if model.is_adapter:
-        raise PlanError(f"{model.name} is an adapter, which is folded into its base: name the base as well")
-    if model.config.get("quantization_config"):
-        raise PlanError(f"{model.name} is quantised: its tensors are codes, not weights; fold what it was made from")
+    return FoldedModel(opened(model), instructions)
 
 
 def _check_used(working: Model, model: Checkpoint) -> None:

@@ -9,7 +9,7 @@ held whole but where a product needs it. Kernels are PyTorch's: ``[out, in / gro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -132,6 +132,13 @@ def vector(tensor: Tensor) -> Array:
 def tile_rows(shape: Sequence[int]) -> int:
     """Return how many rows of a kernel are made at a time: the shape alone decides, so that sums never change."""
     return max(_TILE // max(math.prod(shape[1:]), 1), 1)
+
+
+def tiles(layer: Layer) -> Iterator[Array]:
+    """Yield the rows of a kernel, some at a time, in order."""
+    step = tile_rows(layer.shape)
+    for start in range(0, layer.out, step):
+        yield layer.rows(start, min(start + step, layer.out))
 
 
 def stored(weight: Tensor, bias: Tensor | None = None) -> Layer:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import CheckpointError
-from weightsmith.reparameterized.layer import Layer, scale, tile_rows, vector
+from weightsmith.reparameterized.layer import Layer, scale, tile_rows, tiles, vector
 
 
 class Once:
@@ -59,9 +59,9 @@ def norms(layer: Layer, axis: int | None) -> Array:
     """Return the norms of a tensor over all axes but one: ``[shape[axis]]``; or its one norm, ``[1]``. float64."""
     others = tuple(i for i in range(len(layer.shape)) if i != axis)
     if axis == 0:
-        return np.concatenate([np.zeros(0), *(row_norms(values) for values in _tiles(layer))])
+        return np.concatenate([np.zeros(0), *(row_norms(values) for values in tiles(layer))])
     total = np.zeros(1 if axis is None else layer.shape[axis])
-    for values in _tiles(layer):
+    for values in tiles(layer):
         total += np.square(values).sum(axis=others)
     return np.sqrt(total)
 
@@ -86,12 +86,12 @@ def sigma_reparam(weight: Layer, sigma: Tensor, right: Tensor) -> Layer:
 
     def factor() -> Array:
         direction = vector(right)
-        left = np.concatenate([values @ direction for values in _tiles(weight)])
+        left = np.concatenate([values @ direction for values in tiles(weight)])
         length = np.sqrt(np.square(left).sum())
         back = np.zeros(weight.width)
         if length > 0:
             step = tile_rows(weight.shape)
-            for i, values in enumerate(_tiles(weight)):
+            for i, values in enumerate(tiles(weight)):
                 back += (left[i * step : i * step + len(values)] / length) @ values
         return _reciprocal(np.sqrt(np.square(back).sum()), right.name) * vector(sigma)
 
@@ -116,7 +116,7 @@ def spectral_norm(weight: Layer, left: Tensor, right: Tensor, axis: int) -> Laye
         form = [1 if i == axis else length for i, length in enumerate(weight.shape)]
         along = v.reshape(others).reshape(form)
         total, start = 0.0, 0
-        for values in _tiles(weight):
+        for values in tiles(weight):
             if axis == 0:
                 total += float((u[start : start + len(values)] @ values.reshape(len(values), -1)) @ v)
             else:
@@ -175,12 +175,6 @@ def _scaled(layer: Layer, factor: Callable[[], Array]) -> Layer:
     """Return a layer times one number; its bias is left as it is."""
     once = Once(factor)
     return replace(scale(layer, lambda: np.broadcast_to(once(), (layer.out,))), bias=layer.bias)
-
-
-def _tiles(layer: Layer) -> Iterator[Array]:
-    step = tile_rows(layer.shape)
-    for start in range(0, layer.out, step):
-        yield layer.rows(start, min(start + step, layer.out))
 
 
 def _ratio(gain: Array, length: Array) -> Array:
