@@ -105,7 +105,12 @@ BRANCHES = (
     Branches("repvit", ("conv", "conv1"), None, residual=True, norm="bn", own_norms=False),
 )
 
-_NAMES = {name.removesuffix(".*") for form in BRANCHES for name in (*form.convs, *form.optional, form.skip) if name}
+_NAMES = {
+    name.removesuffix(".*")
+    for form in BRANCHES
+    for name in (*form.convs, *form.optional, form.skip, form.out)
+    if name is not None
+}
 
 
 def fold_pairs(model: Model) -> None:

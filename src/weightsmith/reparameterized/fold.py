@@ -95,12 +95,13 @@ class FoldedModel(Restructured):
         instructions: what a person said of it.
     """
 
-    def __init__(self, model: Checkpoint, instructions: Sequence[Instruction] = ()) -> None:
+    def __init__(self, model: Checkpoint, instructions: Sequence[Instruction] = (), dtype: str | None = None) -> None:
         """Recognise what can be folded.
 
         Args:
             model: the model.
             instructions: what a person says of it.
+            dtype: the dtype in which floats are written; None for their own.
 
         Raises:
             PlanError: if nothing is recognised, an instruction is of nothing that is there, or something that is
@@ -117,7 +118,7 @@ class FoldedModel(Restructured):
         self.folds = tuple(fold for fold in working.folds if fold.results)
         if not self.folds:
             raise _nothing(working)
-        super().__init__(model, f"{model.name} (folded)", working.tensors, tuple(_warnings(working)))
+        super().__init__(model, f"{model.name} (folded)", working.tensors, tuple(_warnings(working)), dtype)
 
     def counts(self) -> list[Count]:
         """Return what was folded, by kind."""
@@ -135,7 +136,11 @@ class FoldedModel(Restructured):
 
 
 def fold_model(
-    model: Source, rules: Sequence[Given] = (), *, rules_file: str | os.PathLike[str] | None = None
+    model: Source,
+    rules: Sequence[Given] = (),
+    *,
+    rules_file: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
 ) -> FoldedModel:
     """Fold the structure of a model that is trained in another form than it is used in, lazily.
 
@@ -152,6 +157,7 @@ def fold_model(
         model: the model: a reference or a checkpoint.
         rules: what names do not show, each as ``kind:names,setting=value`` or as a mapping.
         rules_file: a YAML or JSON file of further rules.
+        dtype: the dtype in which floats are written; None for their own.
 
     Returns:
         A checkpoint whose folded layers are computed when they are read; ``.save(path)`` writes it, ``.folds`` says
@@ -164,7 +170,7 @@ def fold_model(
         CheckpointError: if the model cannot be read.
     """
     instructions = read_instructions(rules, rules_file)
-    return FoldedModel(opened(model), instructions)
+    return FoldedModel(opened(model), instructions, dtype)
 
 
 def _check_used(working: Model, model: Checkpoint) -> None:

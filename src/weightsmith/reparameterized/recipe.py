@@ -14,16 +14,12 @@ from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_n
 _UNFOLDS = {"weight_norm": unfold_weight_norm, "compander": unfold_compander}
 
 
-def is_recipe(text: str) -> bool:
-    """Whether a manifest's recipe is that of a model in another form."""
-    return text.startswith(f"{RECIPE_KEY}:\n")
-
-
-def remake(text: str) -> Restructured:
+def remake(text: str, *, threads: int | None = None) -> Restructured:
     """Return the model that a manifest's recipe describes.
 
     Args:
         text: the recipe, as :meth:`Restructured.to_yaml` writes it.
+        threads: how many threads to use; nothing here needs more than one.
 
     Raises:
         RecipeError: if it is no such recipe.
@@ -31,15 +27,16 @@ def remake(text: str) -> Restructured:
         PlanError: if it cannot be made any more.
     """
     content = parse(text, "the recipe")[0][RECIPE_KEY]
-    model = content.get("model") if isinstance(content, Mapping) else None
-    if isinstance(model, str) and set(content) == {"model", "rules"} and isinstance(content["rules"], list):
-        return fold_model(model, content["rules"])
-    unfold = content.get("unfold") if isinstance(model, str) else None
-    if isinstance(model, str) and isinstance(unfold, Mapping) and unfold.get("kind") in _UNFOLDS:
-        make: Any = _UNFOLDS[unfold["kind"]]
-        try:
-            made: Restructured = make(model, **{key: value for key, value in unfold.items() if key != "kind"})
-        except TypeError as error:
-            raise RecipeError(f"the recipe cannot be understood: {error}") from error
-        return made
+    model, dtype = (content.get(key) for key in ("model", "dtype")) if isinstance(content, Mapping) else (None, None)
+    if isinstance(model, str) and isinstance(dtype, str | None):
+        rules, unfold = content.get("rules"), content.get("unfold")
+        if isinstance(rules, list):
+            return fold_model(model, rules, dtype=dtype)
+        if isinstance(unfold, Mapping) and unfold.get("kind") in _UNFOLDS:
+            make: Any = _UNFOLDS[unfold["kind"]]
+            try:
+                made: Restructured = make(model, **{key: value for key, value in unfold.items() if key != "kind"})
+            except TypeError as error:
+                raise RecipeError(f"the recipe cannot be understood: {error}") from error
+            return made
     raise RecipeError("the recipe of a folded or unfolded model cannot be understood: it has other keys than those")

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from weightsmith import dtypes
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.companions import write_companions
@@ -31,10 +32,16 @@ class Restructured(Output):
 
     Attributes:
         model: the model as it is.
+        dtype: the dtype in which floats are written, or None for their own.
     """
 
     def __init__(
-        self, model: Checkpoint, name: str, tensors: Mapping[str, Tensor], warnings: Sequence[str] = ()
+        self,
+        model: Checkpoint,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        warnings: Sequence[str] = (),
+        dtype: str | None = None,
     ) -> None:
         """Collect what it is made of.
 
@@ -43,13 +50,18 @@ class Restructured(Output):
             name: how a person names the result.
             tensors: the result's tensors by name.
             warnings: what a person should know before saving it.
+            dtype: the dtype in which floats are written; None for their own.
         """
         self.model = model
+        self.dtype = dtype
+        written = None if dtype is None else dtypes.float_from_name(dtype)
         super().__init__(
             name,
             {name: tensors[name] for name in sorted(tensors, key=natural_order)},
             inputs=[model],
-            written={},
+            written={}
+            if written is None
+            else {name: written for name, tensor in tensors.items() if dtypes.is_float(tensor.dtype)},
             companions=model.companions,
             warnings=warnings,
             components=model.components,
@@ -61,7 +73,7 @@ class Restructured(Output):
 
     def to_yaml(self) -> str:
         """See :meth:`Output.to_yaml`."""
-        content = {"model": self.model.name, **self.how()}
+        content = {"model": self.model.name, "dtype": self.dtype, **self.how()}
         return yaml.safe_dump({RECIPE_KEY: content}, sort_keys=False, allow_unicode=True)
 
     def parts(self) -> list[Part]:
