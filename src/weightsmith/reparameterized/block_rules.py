@@ -11,6 +11,7 @@ from weightsmith.reparameterized.instructions import Instruction
 from weightsmith.reparameterized.layer import (
     Layer,
     Norm,
+    Once,
     absorb,
     absorb_before,
     absorb_transposed,
@@ -232,7 +233,7 @@ def _fold_branches(model: Model, module: str, form: Branches) -> None:
     total = add(*layers)
     scales = _scale_of(model, module, form)
     if scales is not None:
-        total = scale(total, lambda: vector(scales))
+        total = _scaled_by(total, scales)
         consumed.append(scales.name)
     if form.residual:
         total = add(total, identity(shape[0], shape[1], shape[2:], dtype))
@@ -369,7 +370,7 @@ def fold_rep_mixers(model: Model) -> None:
 
 
 def _scaled_by(layer: Layer, scales: Tensor) -> Layer:
-    return scale(layer, lambda: vector(scales))
+    return scale(layer, Once(lambda: vector(scales)))
 
 
 def fold_positions(model: Model) -> None:

@@ -9,6 +9,7 @@ held whole but where a product needs it. Kernels are PyTorch's: ``[out, in / gro
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,6 +74,22 @@ class Layer:
     def whole(self) -> Array:
         """The whole kernel, float64; kept while it is needed again and again."""
         return RECENT.get(self, lambda: (self.rows(0, self.out),))[0]
+
+
+class Once:
+    """A small array that is computed when it is asked for first, by one thread."""
+
+    def __init__(self, make: Callable[[], Array]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: Array | None = None
+
+    def __call__(self) -> Array:
+        """Return it."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
 
 
 @dataclass(frozen=True, eq=False)

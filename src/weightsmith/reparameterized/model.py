@@ -234,8 +234,9 @@ class Model:
         return None if origin is None else origin.kind
 
     def remaining_norms(self) -> list[str]:
-        """Return the batch norms that no rule took."""
-        return [name.removesuffix(".running_mean") for name in self.tensors if name.endswith(".running_mean")]
+        """Return the batch norms that no rule took, and no person wants kept."""
+        end = ".running_mean"
+        return [name.removesuffix(end) for name in self.tensors if name.endswith(end) and name not in self._kept]
 
     def error(self, place: str, text: str) -> PlanError:
         """Return an error about a place in the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -52,10 +53,16 @@ class KernelTensor(MadeTensor):
         values = np.empty(stop - start)
         for tile in range(start // (step * width), -(-stop // (step * width))):
             first, last = tile * step, min((tile + 1) * step, layer.out)
-            (made,) = RECENT.get(self, lambda: (np.ascontiguousarray(layer.rows(first, last)),), tile)  # noqa: B023
             begin, end = max(start, first * width), min(stop, last * width)
-            values[begin - start : end - start] = made.reshape(-1)[begin - first * width : end - first * width]
+            make = partial(_made, layer, first, last)
+            # A tile that is not wanted whole is wanted again, for the block before or behind this one.
+            (made,) = make() if end - begin == (last - first) * width else RECENT.get(self, make, tile)
+            values[begin - start : end - start] = made[begin - first * width : end - first * width]
         return values
+
+
+def _made(layer: Layer, start: int, stop: int) -> tuple[Array]:
+    return (np.ascontiguousarray(layer.rows(start, stop)).reshape(-1),)
 
 
 class BiasTensor(MadeTensor):

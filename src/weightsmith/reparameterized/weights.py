@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,23 +10,7 @@ import numpy as np
 
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import CheckpointError
-from weightsmith.reparameterized.layer import Layer, scale, tile_rows, tiles, vector
-
-
-class Once:
-    """A small array that is computed when it is asked for first, by one thread."""
-
-    def __init__(self, make: Callable[[], Array]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._made: Array | None = None
-
-    def __call__(self) -> Array:
-        """Return it."""
-        with self._lock:
-            if self._made is None:
-                self._made = self._make()
-            return self._made
+from weightsmith.reparameterized.layer import Layer, Once, scale, tile_rows, tiles, vector
 
 
 def weight_norm(direction: Layer, gain: Tensor, axis: int | None) -> Layer:
@@ -41,11 +24,12 @@ def weight_norm(direction: Layer, gain: Tensor, axis: int | None) -> Layer:
         axis: the axis that has a norm for each index, over all other axes; None for one norm of the whole tensor.
     """
     if axis == 0:
+        gains = Once(lambda: vector(gain))
         ones = tuple(1 for _ in direction.shape[1:])
 
         def rows(start: int, stop: int) -> Array:
             values = direction.rows(start, stop)
-            return values * _ratio(vector(gain)[start:stop], row_norms(values)).reshape(-1, *ones)
+            return values * _ratio(gains()[start:stop], row_norms(values)).reshape(-1, *ones)
 
         return replace(direction, rows=rows)
     factors = Once(lambda: _ratio(vector(gain), norms(direction, axis)))
