@@ -21,6 +21,8 @@ from weightsmith.bundle.kind import kinds
 from weightsmith.cli.main import cli
 from weightsmith.methods.registry import all_methods
 from weightsmith.recipe.json_schema import json_schema
+from weightsmith.reparameterized.fold import KINDS
+from weightsmith.reparameterized.instructions import SETTINGS
 
 PAGES = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/generate.py; do not edit. -->\n\n"
@@ -148,6 +150,32 @@ def bundles_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reparameterized_page() -> str:
+    """Return the reference of training forms and of rules, from their tables."""
+    lines = [
+        "# Training forms",
+        "",
+        "What `weightsmith fuse MODEL OUT` recognises, and the rules by which a person says what names do not show: "
+        "`--rule KIND:NAMES,SETTING=VALUE`. How both are used: [Training forms](../guide/reparameterized.md).",
+        "",
+        "| kind | what it is |",
+        "|---|---|",
+        *(f"| `{kind}` | {about} |" for kind, about in KINDS.items()),
+        "",
+        "## Rules",
+        "",
+        "| kind | setting | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for kind, settings in SETTINGS.items():
+        if not settings:
+            lines.append(f"| `{kind}` | | | |")
+        for name, setting in settings.items():
+            default = "**required**" if setting.required else _cell(setting.default)
+            lines.append(f"| `{kind}` | `{name}` | {default} | {setting.about} |")
+    return "\n".join(lines) + "\n"
+
+
 def cli_page() -> str:
     """Return the command reference, from the commands' own help."""
     context = click.Context(cli, info_name="weightsmith", terminal_width=90, max_content_width=90)
@@ -168,7 +196,13 @@ def _commands(group: click.Group, context: click.Context, before: str = "") -> I
                 yield from _commands(command, inner, f"{before}{name} ")
 
 
-PAGE_MAKERS = (("recipe", recipe_page), ("methods", methods_page), ("bundles", bundles_page), ("cli", cli_page))
+PAGE_MAKERS = (
+    ("recipe", recipe_page),
+    ("methods", methods_page),
+    ("bundles", bundles_page),
+    ("reparameterized", reparameterized_page),
+    ("cli", cli_page),
+)
 
 
 def main() -> None:

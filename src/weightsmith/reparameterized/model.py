@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from weightsmith.reparameterized.tensors import BiasTensor, KernelTensor, MadeTe
 EPS = 1e-5
 _STATISTICS = ("running_mean", "running_var")
 _OF_NORM = ("weight", "bias", *_STATISTICS, "num_batches_tracked")
+# Elements of a row: what is held at least at a time. Branches whose shapes were made up can multiply to any number.
+_LONGEST_ROW = 1 << 26
 # A rule names a module's children, and theirs, at most so far down.
 _DEPTH = 6
 
@@ -223,6 +226,8 @@ class Model:
         """
         made: dict[str, MadeTensor] = {}
         for path, layer in layers.items():
+            if math.prod(layer.shape[1:]) > _LONGEST_ROW:
+                raise self.error(path, f"would be {list(layer.shape)}: no layer has rows so long")
             made[f"{path}.weight"] = KernelTensor(f"{path}.weight", layer)
             if layer.bias is not None:
                 made[f"{path}.bias"] = BiasTensor(f"{path}.bias", layer)
