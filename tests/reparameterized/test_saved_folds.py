@@ -213,3 +213,13 @@ def test_an_output_that_was_forgotten_is_not_an_adapter_that_is_overwritten(tmp_
     result = CliRunner().invoke(cli, ["fuse", str(model), str(adapter), str(tmp_path / "out"), "--rule", "keep:a"])
     assert result.exit_code == 2
     assert "without adapters" in result.output
+
+
+def test_a_plan_knows_what_products_hold_and_keeps_their_sums_to_one_thread(tmp_path):
+    """The executor gives linear algebra one thread in each of ours where a tensor says that it holds something."""
+    write_module(tmp_path / "model.safetensors", forms.randomise(nn.ModuleDict({"m": forms.RePaMlp(8, 32, 8)})))
+    folded = ws.fold_model(tmp_path / "model.safetensors", ["repavit:m,active=8"])
+    assert folded["m.fc1.weight"].held >= 24 * 8 * 8
+    assert folded["m.fc1.bias"].held
+    write_module(tmp_path / "plain.safetensors", forms.randomise(Small()))
+    assert not any(tensor.held for tensor in ws.fold_model(tmp_path / "plain.safetensors").values())

@@ -19,14 +19,10 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.recent import RECENT
+from weightsmith.checkpoint.rows import FLOAT64, read_wide, tile_rows
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
 from weightsmith.errors import CheckpointError, WeightsmithError
-from weightsmith.kernels.convert import widen
-
-FLOAT64 = np.dtype(np.float64)
-# Elements of a kernel that are made at a time.
-_TILE = 65_536
 
 
 class NotExact(WeightsmithError):
@@ -43,6 +39,7 @@ class Layer:
         rows: the kernel's rows from one to before another: float64, ``[stop - start, *shape[1:]]``.
         bias: the bias: float64, ``[out]``; None for a layer without.
         outputs: the bias's length, where the first axis is not that of the outputs (transposed convolutions).
+        held: about how many bytes stay held between two reads, of what its linear algebra needs; 0 where there is none.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +47,7 @@ class Layer:
     rows: Callable[[int, int], Array]
     bias: Callable[[], Array] | None = None
     outputs: int | None = None
+    held: int = 0
 
     @property
     def out(self) -> int:
@@ -143,17 +141,12 @@ class Norm:
 
 def vector(tensor: Tensor) -> Array:
     """Read a small tensor whole: float64, flat."""
-    return widen(np.ascontiguousarray(tensor.read(0, tensor.size)), FLOAT64)
-
-
-def tile_rows(shape: Sequence[int]) -> int:
-    """Return how many rows of a kernel are made at a time: the shape alone decides, so that sums never change."""
-    return max(_TILE // max(math.prod(shape[1:]), 1), 1)
+    return read_wide(tensor, 0, tensor.size)
 
 
 def tiles(layer: Layer) -> Iterator[Array]:
     """Yield the rows of a kernel, some at a time, in order."""
-    step = tile_rows(layer.shape)
+    step = tile_rows(math.prod(layer.shape[1:]))
     for start in range(0, layer.out, step):
         yield layer.rows(start, min(start + step, layer.out))
 
@@ -169,10 +162,9 @@ def stored(weight: Tensor, bias: Tensor | None = None) -> Layer:
     width = math.prod(shape[1:])
 
     def rows(start: int, stop: int) -> Array:
-        values = np.ascontiguousarray(weight.read(start * width, stop * width))
-        return widen(values, FLOAT64).reshape(stop - start, *shape[1:])
+        return read_wide(weight, start * width, stop * width).reshape(stop - start, *shape[1:])
 
-    return Layer(shape, weight.dtype, rows, None if bias is None else lambda: vector(bias))
+    return Layer(shape, weight.dtype, rows, None if bias is None else lambda: vector(bias), held=weight.held)
 
 
 def identity(channels: int, width: int, kernel: Sequence[int], dtype: DType) -> Layer:
@@ -222,7 +214,7 @@ def absorb_transposed(layer: Layer, norm: Norm) -> Layer:
         return layer.rows(start, stop) * factors.reshape(*factors.shape, *(1 for _ in layer.kernel))
 
     bias = layer.bias
-    shifted = Layer(layer.shape, layer.dtype, rows, outputs=norm.channels)
+    shifted = replace(layer, rows=rows, outputs=norm.channels)
     return replace(shifted, bias=lambda: norm.shift if bias is None else bias() * norm.scale + norm.shift)
 
 
@@ -244,7 +236,8 @@ def absorb_before(norm: Norm, layer: Layer) -> Layer:
     def rows(start: int, stop: int) -> Array:
         return layer.rows(start, stop) * norm.scale.reshape(-1, *ones)
 
-    return replace(layer, rows=rows, bias=lambda: _product(layer, norm.shift) + _bias(layer))
+    held = layer.held + layer.width * FLOAT64.itemsize
+    return replace(layer, rows=rows, bias=lambda: _product(layer, norm.shift) + _bias(layer), held=held)
 
 
 def scale(layer: Layer, factors: Callable[[], Array]) -> Layer:
@@ -356,7 +349,8 @@ def serial(first: Layer, second: Layer, *, channels: int | None = None, padded: 
         return values.reshape(stop - start, *whole.shape[1:])
 
     dtype = dtypes.promote([first.dtype, second.dtype])
-    return Layer((second.out, *whole.shape[1:]), dtype, rows, _through(first, second))
+    held = first.held + second.held + math.prod(whole.shape) * FLOAT64.itemsize
+    return Layer((second.out, *whole.shape[1:]), dtype, rows, _through(first, second), held=held)
 
 
 def _serial_depthwise(first: Layer, second: Layer, *, padded: bool) -> Layer:
@@ -387,6 +381,7 @@ def _serial_depthwise(first: Layer, second: Layer, *, padded: bool) -> Layer:
         dtypes.promote([first.dtype, second.dtype]),
         rows,
         None if first.bias is None and second.bias is None else bias,
+        held=first.held + second.held,
     )
 
 
@@ -416,7 +411,8 @@ def add(*layers: Layer, signs: Sequence[int] | None = None) -> Layer:
             total += factor * one()
         return total
 
-    return Layer(shape, dtypes.promote([layer.dtype for layer in layers]), rows, bias if biases else None)
+    dtype = dtypes.promote([layer.dtype for layer in layers])
+    return Layer(shape, dtype, rows, bias if biases else None, held=sum(layer.held for layer in layers))
 
 
 def take_rows(layer: Layer, start: int, stop: int) -> Layer:
@@ -467,7 +463,7 @@ def _through(first: Layer, second: Layer) -> Callable[[], Array] | None:
 
 def _product(layer: Layer, values: Array) -> Array:
     """Return what a pointwise layer makes of one vector, without its bias: ``[out]``."""
-    step = tile_rows(layer.shape)
+    step = tile_rows(math.prod(layer.shape[1:]))
     product = np.empty(layer.out)
     for start in range(0, layer.out, step):
         stop = min(start + step, layer.out)

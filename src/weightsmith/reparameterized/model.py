@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.tensor import Tensor
@@ -130,7 +130,7 @@ class Model:
                 f"bias is {list(bias.shape)}, and weight {list(weight.shape)}; a bias has one for each output",
             )
         own = bias.layer.bias if isinstance(bias, MadeTensor) else stored(weight, bias).bias
-        return Layer(layer.shape, layer.dtype, layer.rows, own)
+        return replace(layer, bias=own)
 
     def tensor_layer(self, name: str) -> Layer | None:
         """Return a tensor as a layer without bias, whose rows are not rounded if they are made, or None."""
@@ -142,7 +142,7 @@ class Model:
         if not tensor.size:
             raise self.error(name, f"is {list(tensor.shape)}, and holds nothing")
         if isinstance(tensor, KernelTensor):
-            return Layer(tensor.layer.shape, tensor.dtype, tensor.layer.rows)
+            return replace(tensor.layer, bias=None)
         return stored(tensor)
 
     def norm(self, module: str, *, needed: bool = False) -> Norm | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-
-import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.recent import RECENT
+from weightsmith.checkpoint.rows import tiled
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.kernels.convert import narrow
-from weightsmith.reparameterized.layer import Layer, tile_rows
+from weightsmith.reparameterized.layer import Layer
 
 
 class MadeTensor(Tensor):
@@ -26,6 +24,7 @@ class MadeTensor(Tensor):
         self.shape = shape
         self.dtype = layer.dtype
         self.layer = layer
+        self.held = layer.held
 
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`; rounded to this tensor's dtype."""
@@ -49,20 +48,15 @@ class KernelTensor(MadeTensor):
     def exact(self, start: int, stop: int) -> Array:
         """See :meth:`MadeTensor.exact`."""
         layer = self.layer
-        width, step = max(math.prod(layer.shape[1:]), 1), tile_rows(layer.shape)
-        values = np.empty(stop - start)
-        for tile in range(start // (step * width), -(-stop // (step * width))):
-            first, last = tile * step, min((tile + 1) * step, layer.out)
-            begin, end = max(start, first * width), min(stop, last * width)
-            make = partial(_made, layer, first, last)
+        width = max(math.prod(layer.shape[1:]), 1)
+
+        def make(first: int, last: int) -> Array:
+            if start <= first * width and last * width <= stop:
+                return layer.rows(first, last)
             # A tile that is not wanted whole is wanted again, for the block before or behind this one.
-            (made,) = make() if end - begin == (last - first) * width else RECENT.get(self, make, tile)
-            values[begin - start : end - start] = made[begin - first * width : end - first * width]
-        return values
+            return RECENT.get(self, lambda: (layer.rows(first, last),), first)[0]
 
-
-def _made(layer: Layer, start: int, stop: int) -> tuple[Array]:
-    return (np.ascontiguousarray(layer.rows(start, stop)).reshape(-1),)
+        return tiled(start, stop, width, layer.out, make)
 
 
 class BiasTensor(MadeTensor):

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from weightsmith.checkpoint.rows import FLOAT64, tile_rows
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import CheckpointError
-from weightsmith.reparameterized.layer import Layer, Once, scale, tile_rows, tiles, vector
+from weightsmith.reparameterized.layer import Layer, Once, scale, tiles, vector
 
 
 def weight_norm(direction: Layer, gain: Tensor, axis: int | None) -> Layer:
@@ -74,7 +75,7 @@ def sigma_reparam(weight: Layer, sigma: Tensor, right: Tensor) -> Layer:
         length = np.sqrt(np.square(left).sum())
         back = np.zeros(weight.width)
         if length > 0:
-            step = tile_rows(weight.shape)
+            step = tile_rows(math.prod(weight.shape[1:]))
             for i, values in enumerate(tiles(weight)):
                 back += (left[i * step : i * step + len(values)] / length) @ values
         return _reciprocal(np.sqrt(np.square(back).sum()), right.name) * vector(sigma)
@@ -158,7 +159,9 @@ STABLE: dict[str, Callable[[Array, float, float], Array]] = {
 def _scaled(layer: Layer, factor: Callable[[], Array]) -> Layer:
     """Return a layer times one number; its bias is left as it is."""
     once = Once(factor)
-    return replace(scale(layer, lambda: np.broadcast_to(once(), (layer.out,))), bias=layer.bias)
+    # Vectors that the matrix is multiplied with.
+    held = layer.held + math.prod(layer.shape) // min(layer.shape) * FLOAT64.itemsize
+    return replace(scale(layer, lambda: np.broadcast_to(once(), (layer.out,))), bias=layer.bias, held=held)
 
 
 def _ratio(gain: Array, length: Array) -> Array:
