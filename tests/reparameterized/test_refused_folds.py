@@ -349,3 +349,20 @@ def test_two_heads_without_norms_are_left_alone(tmp_path):
     heads = nn.ModuleDict({"head": nn.Linear(4, 3), "head_dist": nn.Linear(4, 3)})
     arrays = arrays_of(nn.ModuleDict({"a": REPVGG(4, 4), "b": heads}), tmp_path)
     assert {"b.head.weight", "b.head_dist.weight"} < set(fold(tmp_path, arrays))
+
+
+def test_layers_that_no_rule_is_of_are_not_looked_at(tmp_path):
+    """Codes, and biases of another length, are an error where they would be folded, and no matter elsewhere."""
+    arrays = arrays_of(nn.ModuleDict({"a": REPVGG(4, 4)}), tmp_path)
+    for name in ("fc1", "fc2", "head", "head_dist", "pe"):
+        arrays |= {f"b.{name}.weight": np.ones((4, 4), np.int8), f"b.{name}.bias": np.ones(9)}
+    arrays |= {"b.w_v": np.ones((4, 4), np.int8), "b.w_g": np.ones((4, 1), np.int8)}
+    assert len(fold(tmp_path, arrays)) == 2 + 10 + 2
+
+
+def test_norms_behind_two_linear_layers_are_not_repavits(tmp_path):
+    mlp = nn.ModuleDict(
+        {"fc1": nn.Linear(4, 8), "norm1": nn.BatchNorm1d(8), "fc2": nn.Linear(8, 3), "norm2": nn.BatchNorm1d(3)}
+    )
+    folded = fold(tmp_path, arrays_of(nn.ModuleDict({"a": REPVGG(4, 4), "b": mlp}), tmp_path))
+    assert "b.norm2.running_var" in folded

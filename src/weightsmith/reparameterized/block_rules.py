@@ -54,6 +54,8 @@ class Pair:
 # Where authors' own code folds a pair, the layer takes the pair's place (out is None); else it keeps its name.
 PAIRS = (
     Pair("conv", "bn", "conv", always=True),  # timm, RepVGG, MobileOne, FastViT, mmcv, YOLO
+    Pair("convolution", "normalization", "convolution"),  # ResNet, RegNet and MobileNet of transformers
+    Pair("convolution", "batch_norm", "convolution", always=True),  # LeViT of transformers
     Pair("conv", "norm"),  # RepNeXt
     Pair("c", "bn", always=True),  # RepViT, LeViT
     Pair("linear", "norm", before=True),  # RepNeXt
@@ -346,7 +348,7 @@ def fold_rep_mixers(model: Model) -> None:
             (path for path in (join(module, f"norm.{name}") for name in ("rbr_skip", "identity")) if model.names(path)),
             None,
         )
-        mixer = model.layer(mixer_path)
+        mixer = None if skip_path is None else model.layer(mixer_path)
         if skip_path is None or mixer is None:
             continue
         norm = model.norm(skip_path, needed=True)
@@ -433,11 +435,10 @@ def fold_heads(model: Model) -> None:
     """Fold a head and its twin for distillation, on the same input, whose outputs are averaged (RepNeXt, RepViT)."""
     for module in model.modules():
         paths = [join(module, name) for name in ("head", "head_dist")]
-        layers = [model.layer(path) for path in paths]
         # Those of DeiT stand on two tokens, and none behind a batch norm.
         if not module or not all(model.made_by(f"{path}.weight") == "bn_linear" for path in paths):
             continue
-        one, other = (layer for layer in layers if layer is not None)
+        one, other = (layer for layer in map(model.layer, paths) if layer is not None)
         mean = add(_halved(one), _halved(other))
         model.fold_layer("two_heads", module, model.names(*paths), {module: mean})
 
@@ -462,22 +463,19 @@ def fold_idle_channels(model: Model) -> None:
         first_path, second_path, before_path, behind_path = (
             join(module, name) for name in ("fc1", "fc2", "norm1", "norm2")
         )
+        said = model.first_said("repavit", module)
+        if said is None and not _is_repavit(model, module):
+            continue
         first, second = model.layer(first_path), model.layer(second_path)
         if first is None or second is None or not first.pointwise or not second.pointwise:
             continue
-        said = model.first_said("repavit", module)
-        before = model.norm(before_path, needed=said is not None)
-        behind = model.norm(behind_path, needed=said is not None)
+        before, behind = (model.norm(path, needed=True) for path in (before_path, behind_path))
         if before is None or behind is None:
-            if said is not None:
-                raise model.error(
-                    module,
-                    "has no batch norms norm1 and norm2: behind a layer norm, which takes its statistics from each "
-                    "input, the idle channels are not linear",
-                )
-            continue
-        if said is None and (before.channels, behind.channels) != (first.width, first.out):
-            continue
+            raise model.error(
+                module,
+                "has no batch norms norm1 and norm2: behind a layer norm, which takes its statistics from each "
+                "input, the idle channels are not linear",
+            )
         if second.out != first.width:
             raise model.error(module, f"fc1 has {first.width} inputs and fc2 {second.out} outputs: no shortcut fits")
         active = _active(model, module, first.out)
@@ -498,6 +496,16 @@ def fold_idle_channels(model: Model) -> None:
         also = [] if scales is None else [join(module, "ls")]
         consumed = model.names(first_path, second_path, before_path, behind_path, also=also)
         model.fold_layer("repavit", module, consumed, layers)
+
+
+def _is_repavit(model: Model, module: str) -> bool:
+    """Whether a module holds a batch norm of the inputs of ``fc1``, and one of its outputs."""
+    weight, *means = (
+        model.get(join(module, name)) for name in ("fc1.weight", "norm1.running_mean", "norm2.running_mean")
+    )
+    if weight is None or len(weight.shape) < 2 or any(mean is None for mean in means):
+        return False
+    return [mean.shape for mean in means if mean is not None] == [weight.shape[1:2], weight.shape[:1]]
 
 
 def _active(model: Model, module: str, hidden: int) -> int:

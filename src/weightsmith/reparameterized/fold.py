@@ -54,7 +54,7 @@ KINDS = {
     "compander": "Weight Compander (must be said)",
     "conditioned": "weight conditioning (must be said)",
     "stable_ssm": "StableSSM's recurrent weights (must be said)",
-    "conv_bn": "a convolution or linear layer and the batch norm behind it: conv and bn, conv and norm, c and bn",
+    "conv_bn": "a convolution and its batch norm: conv and bn or norm, c and bn, convolution and normalization",
     "bn_linear": "a batch norm and the linear layer behind it: norm and linear, bn and l",
     "repvgg": "RepVGG: rbr_dense, rbr_1x1 and rbr_identity; timm's conv_kxk, conv_1x1 and identity",
     "mobileone": "MobileOne: rbr_conv.0 …, rbr_scale and rbr_skip; timm's conv_kxk.0 …, conv_scale and identity",

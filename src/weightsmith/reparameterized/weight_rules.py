@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 
+from weightsmith import dtypes
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError
 from weightsmith.reparameterized.instructions import Instruction
@@ -53,7 +54,7 @@ def _axis_of_norms(gain: Tensor, direction: Tensor, *, named: bool) -> int | str
 
     Tensors that merely end in ``_g`` and ``_v`` have other shapes: PyTorch keeps the axes of the norm with length 1.
     """
-    if not direction.shape or gain.dtype.kind in "iub":
+    if not direction.shape or not dtypes.is_float(gain.dtype) or not dtypes.is_float(direction.dtype):
         return "none"
     if gain.shape == ():
         return None
