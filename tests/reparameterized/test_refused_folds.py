@@ -366,3 +366,9 @@ def test_norms_behind_two_linear_layers_are_not_repavits(tmp_path):
     )
     folded = fold(tmp_path, arrays_of(nn.ModuleDict({"a": REPVGG(4, 4), "b": mlp}), tmp_path))
     assert "b.norm2.running_var" in folded
+
+
+def test_the_rule_that_is_of_nothing_is_named_among_others(tmp_path):
+    arrays = arrays_of(Holder(REPVGG(4, 4)), tmp_path)
+    with pytest.raises(PlanError, match=r"the rule eps:blocks\*,value=0\.1 is of nothing"):
+        fold(tmp_path, arrays, "eps:*dense*,value=0.5", "eps:blocks*,value=0.1")
