@@ -14,9 +14,7 @@ from torch.nn.functional import batch_norm, conv2d, linear
 
 from weightsmith.checkpoint.rows import tile_rows
 from weightsmith.checkpoint.tensor import ArrayTensor
-from weightsmith.reparameterized.layer import (
-    Layer,
-    Norm,
+from weightsmith.reparameterized.algebra import (
     NotExact,
     absorb,
     absorb_before,
@@ -30,11 +28,10 @@ from weightsmith.reparameterized.layer import (
     reshape,
     scale,
     serial,
-    stored,
     take_columns,
     take_rows,
-    tiles,
 )
+from weightsmith.reparameterized.layer import Layer, Norm, stored, tiles
 from weightsmith.reparameterized.tensors import BiasTensor, KernelTensor
 
 FLOAT64 = np.dtype(np.float64)

@@ -207,6 +207,11 @@ RULES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "branches:block,conv=a,scale=s",
         r"block\.s: is not there",
     ),
+    "scale of other length": (
+        lambda: nn.ModuleDict({"a": nn.Conv2d(4, 4, 1), "s": nn.BatchNorm2d(3)}),
+        "branches:block,conv=a,scale=s.weight",
+        r"block\.s\.weight: is \[3\]; one value for each of 4 outputs",
+    ),
     "of nothing": (lambda: REPVGG(4, 4), "keep:blok*", "is of nothing that is there"),
     "of no module": (lambda: REPVGG(4, 4), "conv_bn:*,conv=x,norm=y", "is of nothing that is there"),
     "conditioned bias": (lambda: nn.Linear(4, 4), "conditioned:*.bias", r"bias: is \[4\]; weight conditioning"),

@@ -47,6 +47,7 @@ RULES = (
     "bn_linear:*,norm=norm1,linear=fc2",
     "branches:*,conv=fc1+fc2,channels=4",
     "branches:*,conv=rbr_dense+rbr_1x1,skip=rbr_identity,residual=true",
+    "branches:*,conv=conv_3_3+conv_2_2,scale=conv_7_7.bias,norm=norm1",
     "serial:*,first=conv_3_w,second=conv_3_h,padding=false",
     "serial:*,first=fc1,second=fc2,channels=4",
 )

@@ -9,18 +9,17 @@ from typing import Any
 
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.errors import PlanError, did_you_mean
+from weightsmith.reparameterized.algebra import NotExact
 from weightsmith.reparameterized.block_rules import (
-    fold_branches,
     fold_chunks,
     fold_heads,
     fold_idle_channels,
-    fold_pairs,
     fold_positions,
     fold_rep_mixers,
     fold_serial,
 )
+from weightsmith.reparameterized.branch_rules import fold_branches, fold_pairs
 from weightsmith.reparameterized.instructions import Given, Instruction, read_instructions
-from weightsmith.reparameterized.layer import NotExact
 from weightsmith.reparameterized.model import EPS, Model
 from weightsmith.reparameterized.result import Restructured, Source, opened
 from weightsmith.reparameterized.weight_rules import (

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from weightsmith import dtypes
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError
+from weightsmith.reparameterized.algebra import reshape
 from weightsmith.reparameterized.instructions import Instruction
-from weightsmith.reparameterized.layer import Layer, reshape, vector
+from weightsmith.reparameterized.layer import Layer, vector
 from weightsmith.reparameterized.model import Model, join
 from weightsmith.reparameterized.tensors import KernelTensor
 from weightsmith.reparameterized.weights import (

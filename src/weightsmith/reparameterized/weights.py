@@ -11,7 +11,8 @@ import numpy as np
 from weightsmith.checkpoint.rows import FLOAT64, tile_rows
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import CheckpointError
-from weightsmith.reparameterized.layer import Layer, Once, scale, tiles, vector
+from weightsmith.reparameterized.algebra import scale
+from weightsmith.reparameterized.layer import Layer, Once, tiles, vector
 
 
 def weight_norm(direction: Layer, gain: Tensor, axis: int | None) -> Layer:
