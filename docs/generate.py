@@ -22,6 +22,8 @@ from weightsmith.bundle.kind import kinds
 from weightsmith.cli.main import cli
 from weightsmith.methods.registry import all_methods
 from weightsmith.recipe.json_schema import json_schema
+from weightsmith.reparameterized.fold import KINDS
+from weightsmith.reparameterized.instructions import SETTINGS
 
 PAGES = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/generate.py; do not edit. -->\n\n"
@@ -209,6 +211,32 @@ def _adapter(kind: Parameterization) -> list[str]:
     return lines
 
 
+def reparameterized_page() -> str:
+    """Return the reference of training forms and of rules, from their tables."""
+    lines = [
+        "# Training forms",
+        "",
+        "What `weightsmith fuse MODEL OUT` recognises, and the rules by which a person says what names do not show: "
+        "`--rule KIND:NAMES,SETTING=VALUE`. How both are used: [Training forms](../guide/reparameterized.md).",
+        "",
+        "| kind | what it is |",
+        "|---|---|",
+        *(f"| `{kind}` | {about} |" for kind, about in KINDS.items()),
+        "",
+        "## Rules",
+        "",
+        "| kind | setting | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for kind, settings in SETTINGS.items():
+        if not settings:
+            lines.append(f"| `{kind}` | | | |")
+        for name, setting in settings.items():
+            default = "**required**" if setting.required else _cell(setting.default)
+            lines.append(f"| `{kind}` | `{name}` | {default} | {setting.about} |")
+    return "\n".join(lines) + "\n"
+
+
 def cli_page() -> str:
     """Return the command reference, from the commands' own help."""
     context = click.Context(cli, info_name="weightsmith", terminal_width=90, max_content_width=90)
@@ -234,6 +262,7 @@ PAGE_MAKERS = (
     ("methods", methods_page),
     ("adapters", adapters_page),
     ("bundles", bundles_page),
+    ("reparameterized", reparameterized_page),
     ("cli", cli_page),
 )
 

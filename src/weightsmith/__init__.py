@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from weightsmith.methods.registry import Param, PerModel, method
     from weightsmith.recipe.load import load_recipe
     from weightsmith.recipe.schema import Recipe
+    from weightsmith.reparameterized.fold import fold_model
+    from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_norm
     from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
@@ -40,6 +42,7 @@ _HOMES = {
     "WeightsmithError": "weightsmith.errors",
     "average": "weightsmith.api",
     "diff": "weightsmith.api",
+    "fold_model": "weightsmith.reparameterized.fold",
     "fuse": "weightsmith.api",
     "load_recipe": "weightsmith.recipe.load",
     "merge": "weightsmith.api",
@@ -50,6 +53,8 @@ _HOMES = {
     "plan": "weightsmith.api",
     "reproduce": "weightsmith.verification",
     "save": "weightsmith.api",
+    "unfold_compander": "weightsmith.reparameterized.unfold",
+    "unfold_weight_norm": "weightsmith.reparameterized.unfold",
     "verify": "weightsmith.verification",
 }
 
@@ -69,6 +74,7 @@ __all__ = [
     "average",
     "bundle",
     "diff",
+    "fold_model",
     "fuse",
     "load_recipe",
     "merge",
@@ -79,6 +85,8 @@ __all__ = [
     "plan",
     "reproduce",
     "save",
+    "unfold_compander",
+    "unfold_weight_norm",
     "verify",
 ]
 

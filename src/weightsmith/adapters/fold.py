@@ -13,11 +13,12 @@ import numpy as np
 from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, find
 from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
-from weightsmith.adapters.layer import FLOAT64, TILE, Weight, read_wide, tile_rows
+from weightsmith.adapters.layer import Weight
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.recent import RECENT, Recent
+from weightsmith.checkpoint.rows import FLOAT64, TILE, read_wide, tile_rows, tiled
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import PlanError
 from weightsmith.kernels.convert import narrow
@@ -158,26 +159,6 @@ class FoldedTensor(Tensor):
             else:
                 total += term.weight * (change.rows(base, start) - base)
         return total
-
-
-def tiled(start: int, stop: int, width: int, rows: int, make: Callable[[int, int], Array]) -> Array:
-    """Return elements of a matrix that is made in tiles of rows, by its shape alone: ``[stop - start]``, float64.
-
-    Args:
-        start: flat index of the first element.
-        stop: flat index after the last.
-        width: columns of the matrix.
-        rows: rows of it.
-        make: returns rows ``first`` to ``last``: ``[last - first, width]``.
-    """
-    step = tile_rows(width)
-    result = np.empty(stop - start)
-    for first in range(start // width // step * step, -(-stop // width), step):
-        last = min(first + step, rows)
-        begin, end = max(start, first * width), min(stop, last * width)
-        tile = make(first, last).reshape(-1)
-        result[begin - start : end - start] = tile[begin - first * width : end - first * width]
-    return result
 
 
 def fold(

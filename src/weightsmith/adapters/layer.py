@@ -9,18 +9,10 @@ import numpy as np
 from weightsmith import dtypes
 from weightsmith.adapters.forms import Shape
 from weightsmith.adapters.settings import Settings
+from weightsmith.checkpoint.rows import FLOAT64, read_wide, tile_rows
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import CheckpointError
 from weightsmith.kernels.convert import widen
-
-FLOAT64 = np.dtype(np.float64)
-# Elements of a tile of rows: rows of a weight are worked on by tiles that its shape alone decides.
-TILE = 1 << 16
-
-
-def tile_rows(width: int) -> int:
-    """Return how many rows of this width are worked on at a time."""
-    return max(TILE // max(width, 1), 1)
 
 
 class Weight:
@@ -67,12 +59,6 @@ class Weight:
         step = tile_rows(columns)
         for start in range(0, rows, step):
             yield start, self.rows(start, min(start + step, rows))
-
-
-def read_wide(tensor: Tensor, start: int, stop: int) -> Array:
-    """Read elements as float64, of a computed tensor before they are rounded: ``[stop - start]``."""
-    wide = getattr(tensor, "read_wide", None)
-    return widen(wide(start, stop) if wide is not None else tensor.read(start, stop), FLOAT64)
 
 
 class Layer:

@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from weightsmith.adapters.change import LowRank
-from weightsmith.adapters.fold import tiled
 from weightsmith.bundle.description import Entry
 from weightsmith.bundle.kind import Group
 from weightsmith.bundle.tiles import TILE, rounded, tile_starts
 from weightsmith.checkpoint.recent import RECENT
+from weightsmith.checkpoint.rows import tiled
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType, working_dtype
 from weightsmith.kernels.convert import narrow, widen

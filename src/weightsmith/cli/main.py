@@ -20,7 +20,7 @@ from weightsmith.errors import Interrupted, WeightsmithError
 _VERBS = {
     "merge": "Merge models by a recipe, or by a method and models.",
     "plan": "Show what a merge would read, compute and write.",
-    "fuse": "Fold adapters into their base: plain weights come out.",
+    "fuse": "Fold adapters into a base, or a model's own structure, to plain weights.",
     "inspect": "Show what is in a model: tensors, layers, sizes.",
     "diff": "Compare two models, tensor by tensor.",
     "adapter": "Look at adapters, combine and convert them.",

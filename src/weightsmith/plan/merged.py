@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.plan import Plan
-from weightsmith.plan.output import Output
+from weightsmith.plan.output import Output, parts_of
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge
 
@@ -90,13 +89,7 @@ class LazyCheckpoint(Output):
 
     def parts(self) -> list[Part]:
         """See :meth:`Output.parts`: the model, or a pipeline's components."""
-        if not self.components:
-            return [Part()]
-        return [
-            # diffusers names the weights of its own models so; those of transformers keep transformers' name.
-            Part(f"{component}/", "model" if self._is_transformers(component) else "diffusion_pytorch_model")
-            for component in self.components
-        ]
+        return parts_of(self)
 
     def owners(self) -> dict[int, str]:
         """See :meth:`Output.owners`."""
@@ -109,7 +102,3 @@ class LazyCheckpoint(Output):
         if self.beside.card is not None:
             (folder / "README.md").write_text(self.beside.card, "utf-8")
         return notes
-
-    def _is_transformers(self, component: str) -> bool:
-        file = self.companions.files.get(f"{component}/config.json")
-        return file is not None and "architectures" in json.loads(file.read_bytes())

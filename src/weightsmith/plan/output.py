@@ -265,6 +265,22 @@ class Output(Checkpoint):
                 )
 
 
+def parts_of(checkpoint: Checkpoint) -> list[Part]:
+    """Return the models whose files a checkpoint is written as: itself, or a pipeline's components."""
+    if not checkpoint.components:
+        return [Part()]
+    return [
+        # diffusers names the weights of its own models so; those of transformers keep transformers' name.
+        Part(f"{component}/", "model" if _is_transformers(checkpoint, component) else "diffusion_pytorch_model")
+        for component in checkpoint.components
+    ]
+
+
+def _is_transformers(checkpoint: Checkpoint, component: str) -> bool:
+    file = checkpoint.companions.files.get(f"{component}/config.json")
+    return file is not None and "architectures" in json.loads(file.read_bytes())
+
+
 def write_indexes(plan: Plan, folder: Path) -> None:
     """Write the indexes by which transformers reads shards."""
     for name, index in plan.layout.indexes.items():

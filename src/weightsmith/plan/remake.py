@@ -11,6 +11,7 @@ from weightsmith.plan.output import Output
 # key: they are recipes as people write them.
 _MAKERS = {
     "bundle": "weightsmith.bundle.create",
+    "reparameterized": "weightsmith.reparameterized.recipe",
 }
 
 

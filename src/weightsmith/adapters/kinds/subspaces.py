@@ -10,9 +10,10 @@ import numpy as np
 from weightsmith.adapters.change import LowRank, Rows, Whole
 from weightsmith.adapters.forms import Form, form
 from weightsmith.adapters.kinds.low_rank import check_rank
-from weightsmith.adapters.layer import FLOAT64, Layer
+from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
+from weightsmith.checkpoint.rows import FLOAT64
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.kernels.convert import narrow, widen
 
