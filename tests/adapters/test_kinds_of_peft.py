@@ -148,15 +148,29 @@ def test_adapters_of_older_pefts_fold_as_they_were_trained():
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_trained_tokens_change_a_tied_head_as_well():
+@pytest.mark.parametrize("both", [False, True])
+def test_trained_tokens_change_a_tied_head_as_well(both):
     embeddings, rows = draw(10, 4), draw(2, 4, seed=1)
     config = {"peft_type": "LORA", "trainable_token_indices": [7, 3]}
     base_config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    parts = {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
+    name = "{}.token_adapter.trainable_tokens_delta"
+    parts = {name.format("model.embed_tokens"): rows}
+    parts |= {name.format("lm_head"): rows} if both else {}
     folded = opened({"model.embed_tokens.weight": embeddings}, parts, config, base_config)
     embeddings[[7, 3]] = rows
     assert set(folded) == {"model.embed_tokens.weight"}
     np.testing.assert_array_equal(folded["model.embed_tokens.weight"].numpy(), embeddings)
+
+
+def test_tokens_that_were_added_are_trained_in_a_longer_table():
+    longer, rows = draw(13, 4), draw(3, 4, seed=1)
+    at = "model.embed_tokens.token_adapter"
+    parts = {f"{at}.base_layer.weight": longer, f"{at}.trainable_tokens_delta": rows}
+    config = {"peft_type": "LORA", "trainable_token_indices": {"embed_tokens": [12, 2, 10]}}
+    folded = opened({"model.embed_tokens.weight": draw(10, 4)}, parts, config, {"vocab_size": 10})
+    longer[[12, 2, 10]] = rows
+    np.testing.assert_array_equal(folded["model.embed_tokens.weight"].numpy(), longer)
+    assert folded.config["vocab_size"] == 13
 
 
 def test_embeddings_that_tokens_were_added_to_are_changed_in_their_longer_form():

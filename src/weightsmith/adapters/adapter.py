@@ -330,7 +330,7 @@ def _parameters(path: str, targets: list[str], base: Checkpoint) -> list[str]:
 
 def plain_name(key: str) -> str:
     """Return the base's name for a tensor or module of an adapter."""
-    key = re.sub(r"(\.base_layer)+(?=\.|$)", "", key.removeprefix(PREFIX))
+    key = re.sub(r"\.(base_layer|token_adapter)(?=\.|$)", "", key.removeprefix(PREFIX))
     return re.sub(r"\.modules_to_save(\.default)?\.", ".", key)
 
 

@@ -238,7 +238,10 @@ class _Folding:
             if name not in longer:
                 self._add_plain(adapter, name, tensor, weight)
         for name, (places, rows) in adapter.tokens.items():
-            self._add_tokens(adapter, name, places, rows, weight)
+            # PEFT trains a tied head's rows with those of the embeddings, and may save them with both.
+            tied = is_head(name) and name not in self._base and tied_source(name, self._base) is not None
+            if not tied or len(adapter.tokens) == 1:
+                self._add_tokens(adapter, name, places, rows, weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the result's tensors."""

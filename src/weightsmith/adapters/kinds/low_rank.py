@@ -140,7 +140,8 @@ def _check_blocks(layer: Layer) -> None:
         "alora_invocation_tokens": "it acts on some tokens alone (aLoRA), so no plain weights equal it",
         "arrow_config": "a router mixes its experts anew for every token (Arrow)",
         "use_qalora": "its base is quantised in groups (GPTQ), and is trained with them (QALoRA)",
-        "layer_replication": "its layers are copies of the base's; build them first, with slices in a recipe",
+        "layer_replication": "its layers are copies of the base's; build them first, with slices in a recipe, and "
+        "take it out of the config",
     },
     changes_bias=lambda layer: "lora_B.bias" in layer,
     bias=lambda layer, bias: bias + scale(layer, layer.length("r")) * layer.array("lora_B.bias"),
