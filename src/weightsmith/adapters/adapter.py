@@ -42,7 +42,7 @@ class Adapter:
         """
         self.checkpoint = checkpoint
         config = checkpoint.config
-        self.kind: Parameterization = get_parameterization(checkpoint.name, config.get("peft_type"))
+        self.kind: Parameterization = get_parameterization(checkpoint.name, config)
         for key, reason in self.kind.refuses.items():
             if config.get(key):
                 raise CheckpointError(f"{checkpoint.name} has {key} in its config, and cannot be folded: {reason}")
@@ -150,7 +150,7 @@ class Adapter:
                 self.shared[bare] = tensor
                 self._check(bare, tensor)
                 continue
-            found = self._split(key, heads)
+            found = self._split(self._renamed(key), heads)
             if found is None:
                 self._keep_plain(key, tensor)
                 continue
@@ -160,6 +160,11 @@ class Adapter:
                 raise CheckpointError(f"{self.name} holds {part} of {module} twice, as {first} and as {key}")
             self._check(f"{part} of {module}", tensor, place=part in self.kind.places)
             self.modules.setdefault(module, {})[part] = tensor
+
+    def _renamed(self, key: str) -> str:
+        for pattern, replacement in self.kind.renames.items():
+            key = re.sub(pattern, replacement, key)
+        return key
 
     def _keep_plain(self, key: str, tensor: Tensor) -> None:
         stems = {part.partition("_")[0] + "_" for part in self.kind.parts if "_" in part}

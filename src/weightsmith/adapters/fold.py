@@ -296,13 +296,15 @@ class _Folding:
         self._keep_head(adapter, target)
         if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
             return
+        assert adapter.kind.bias is not None
         bias = f"{target.removesuffix('.weight')}.bias"
         if bias not in self._base:
+            if not adapter.kind.bias(layer, np.zeros(layer.rows)).any():
+                return
             raise PlanError(
                 f"{adapter.name} changes the bias of {module}, and {self._base.name} has no {bias}: a layer without "
                 "a bias cannot take it"
             )
-        assert adapter.kind.bias is not None
 
         def changed(column: Array) -> Array:
             assert adapter.kind.bias is not None

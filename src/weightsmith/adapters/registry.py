@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from weightsmith.adapters.change import Change
 from weightsmith.adapters.forms import Form
@@ -15,7 +16,17 @@ from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
 # The modules of weightsmith.adapters.kinds, in the order in which pages list them.
-_FAMILIES = ("low_rank",)
+_FAMILIES = (
+    "low_rank",
+    "singular",
+    "squares",
+    "vectors",
+    "elementwise",
+    "transforms",
+    "branches",
+    "slices",
+    "sparse_deltas",
+)
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,14 @@ class Parameterization:
         settings: the keys of its config that bear on the weights.
         refuses: keys of its config -> why no plain weights equal an adapter in which they are set.
         aliases: other names of parts -> the names that the forms use.
+        renames: patterns of names as authors' files have them -> the same names as the forms expect them.
         places: the parts that hold places (integers) instead of weights.
         whole: whether a layer needs its whole weight at once (a :class:`~weightsmith.adapters.change.Whole`).
         check: looks at a layer before anything is read, and raises a CheckpointError where shapes do not fit that the
             forms cannot tell.
         changes_bias: whether a layer of this adapter changes its bias as well.
         bias: returns the new bias ``[out]`` for the old one, float64.
+        variant: the kind that configs name, and the key of theirs that makes it this one.
         source: where it is published.
     """
 
@@ -49,11 +62,13 @@ class Parameterization:
     settings: tuple[Setting, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    renames: Mapping[str, str] = field(default_factory=dict)
     places: tuple[str, ...] = ()
     whole: Callable[[Layer], bool] | bool = False
     check: Callable[[Layer], None] | None = None
     changes_bias: Callable[[Layer], bool] | None = None
     bias: Callable[[Layer, Array], Array] | None = None
+    variant: tuple[str, str] | None = None
     source: str = ""
 
     @property
@@ -80,11 +95,13 @@ def parameterization(
     settings: tuple[Setting, ...] = (),
     refuses: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
+    renames: Mapping[str, str] | None = None,
     places: tuple[str, ...] = (),
     whole: Callable[[Layer], bool] | bool = False,
     check: Callable[[Layer], None] | None = None,
     changes_bias: Callable[[Layer], bool] | None = None,
     bias: Callable[[Layer, Array], Array] | None = None,
+    variant: tuple[str, str] | None = None,
 ) -> Callable[[Callable[[Layer], Change]], Callable[[Layer], Change]]:
     """Register a kind of adapter; the arguments are the attributes of :class:`Parameterization`."""
 
@@ -100,11 +117,13 @@ def parameterization(
             settings,
             refuses or {},
             aliases or {},
+            renames or {},
             places,
             whole,
             check,
             changes_bias,
             bias,
+            variant,
             source,
         )
         return function
@@ -119,31 +138,39 @@ def all_parameterizations() -> Mapping[str, Parameterization]:
     return _known
 
 
-def get_parameterization(owner: str, peft_type: object) -> Parameterization:
+def get_parameterization(owner: str, config: Mapping[str, Any]) -> Parameterization:
     """Return a kind of adapter.
 
     Args:
         owner: the adapter's name, for errors.
-        peft_type: what its config says.
+        config: the parsed ``adapter_config.json``, whose ``peft_type`` names the kind.
 
     Raises:
         CheckpointError: if the kind is not known, or no plain weights equal such an adapter.
     """
     known = all_parameterizations()
+    peft_type: object = config.get("peft_type")
+    for kind in known.values():
+        if kind.variant is not None and kind.variant[0] == peft_type and config.get(kind.variant[1]):
+            return kind
     if peft_type is None:
         raise CheckpointError(f"{owner} is no adapter: it has no adapter_config.json with a peft_type")
     if not isinstance(peft_type, str) or peft_type not in known:
-        kind = peft_type[:40] if isinstance(peft_type, str) else shown(peft_type)
-        reason = NOT_WEIGHTS.get(kind)
+        name = peft_type[:40] if isinstance(peft_type, str) else shown(peft_type)
+        reason = NOT_WEIGHTS.get(name)
         if reason is not None:
-            raise CheckpointError(f"{owner} is an adapter of the kind {kind}, which no plain weights equal: {reason}")
+            raise CheckpointError(f"{owner} is an adapter of the kind {name}, which no plain weights equal: {reason}")
         raise CheckpointError(
-            f"{owner} is an adapter of the kind {kind}, of which nothing is known{did_you_mean(kind, known)}; known "
+            f"{owner} is an adapter of the kind {name}, of which nothing is known{did_you_mean(name, known)}; known "
             f"are {', '.join(sorted(known))}"
         )
     return known[peft_type]
 
 
+_ACTIVATION = (
+    "a non-linear function stands between its down and up projections (one without such a function is of the kind "
+    "BOTTLENECK, and folds)"
+)
 _PROMPT = "it adds virtual tokens to the input, and leaves the weights as they are"
 # Kinds of PEFT and others that change what a model computes, and not by its weights alone.
 NOT_WEIGHTS = {
@@ -156,4 +183,9 @@ NOT_WEIGHTS = {
     "ADAPTION_PROMPT": "it adds attended tokens behind a gate to the attention, and leaves the weights as they are",
     "XLORA": "a gate mixes its experts anew for every token",
     "POLY": "a router mixes its skills anew for every task",
+    "ADAPTFORMER": f"{_ACTIVATION}; it stands beside a whole MLP block",
+    "ADAPTERTUNE": f"{_ACTIVATION}; it stands behind a whole block",
+    "VL_ADAPTER": _ACTIVATION,
+    "COMPACTER": _ACTIVATION,
+    "DOPAMINE": "a gate opens and closes its neurons anew for every input; of a neuron, only the gain would fold",
 }
