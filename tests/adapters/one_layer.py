@@ -53,7 +53,10 @@ def checkpoint(name: str, tensors: Arrays, config: Mapping[str, Any] | None = No
 
 def adapter(case: Case) -> Checkpoint:
     """The case's adapter, in the layout of PEFT."""
-    tensors = {f"base_model.model.m.q.{part}": array for part, array in case.parts.items()}
+    tensors = {
+        f"base_model.model.m.{part}" if part.startswith("additional_") else f"base_model.model.m.q.{part}": array
+        for part, array in case.parts.items()
+    }
     tensors |= {f"base_model.{part}": array for part, array in case.shared.items()}
     return checkpoint("adapter", tensors, case.config)
 
