@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from one_layer import Case, check, checkpoint, draw, folded, refused
 
+import weightsmith as ws
+from conftest import write_safetensors
 from weightsmith.adapters.fold import fold
 
 OUT, IN = 12, 8
@@ -100,6 +103,17 @@ def test_a_model_that_s2ft_permuted_is_taken_back_to_its_bases_order(fused):
     found = fold(tuned, checkpoint("order", held, {"peft_type": "S2FT", "s2_permuted": True}))
     for name in names:
         np.testing.assert_allclose(found[f"m.{name}.weight"].numpy(), expected[name], atol=1e-6)
+
+
+def test_an_adapter_on_disk_holds_its_places_as_integers(write_model, tmp_path):
+    case = paca({}, 8 / 3)
+    folder = tmp_path / "paca"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({**case.config, "task_type": "CAUSAL_LM", "bias": "none"}))
+    named = {f"base_model.model.m.q.{part}": array for part, array in case.parts.items()}
+    write_safetensors(folder / "adapter_model.safetensors", named)
+    found = ws.open(f"{write_model('base', case.base())}+{folder}")
+    assert np.array_equal(found["m.q.weight"].numpy(), folded(case)["m.q.weight"].numpy())
 
 
 def test_biases_move_back_with_their_rows_only_if_training_moved_them():
