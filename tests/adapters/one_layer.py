@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.adapters.adapter import Adapter
 from weightsmith.adapters.fold import fold
+from weightsmith.adapters.layer import Weight
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.tensor import ArrayTensor
+from weightsmith.errors import WeightsmithError
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Forward = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], Arrays], np.ndarray[Any, Any]]
@@ -85,6 +88,8 @@ def check(case: Case) -> None:
     assert not np.allclose(expected, unmoved, atol=1e-3), "an adapter that does nothing shows nothing"
 
     tensor = result["m.q.weight"]
+    view = Weight(ArrayTensor("m.q.weight", base["m.q.weight"]))
+    assert tensor.whole or not Adapter(adapter(case)).change("m.q", view).whole, "plans count on what is declared"
     for block in (1, 7, tensor.size - 1):
         stretches = [tensor.read(i, min(i + block, tensor.size)) for i in range(0, tensor.size, block)]
         assert np.concatenate(stretches).tobytes() == found.tobytes()
@@ -104,8 +109,6 @@ def draw(seed: int, *shape: int) -> np.ndarray[Any, Any]:
 
 def refused(case: Case) -> str:
     """What a fold of the case is refused with, whether it shows in headers or in values."""
-    from weightsmith.errors import WeightsmithError
-
     try:
         folded(case)["m.q.weight"].numpy()
     except WeightsmithError as error:

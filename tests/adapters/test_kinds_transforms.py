@@ -33,7 +33,7 @@ def blocks(triangles: Any, side: int, terms: int) -> Any:
     return whole
 
 
-def poet(*, joint: bool, terms: int | None = None, sides: tuple[int, int] = (4, 4)) -> Case:
+def poet(*, joint: bool, terms: int | None = None, sides: tuple[int, int] = (4, 4), transposed: bool = False) -> Case:
     """The authors' layers: features are permuted, rotated block by block, and permuted back."""
     out_side, in_side = sides
     rng = np.random.default_rng(4)
@@ -57,10 +57,10 @@ def poet(*, joint: bool, terms: int | None = None, sides: tuple[int, int] = (4, 
         r_out, r_in = blocks(out_triangles, out_side, number), blocks(in_triangles, in_side, number)
         inner = weight[np.argsort(perm_out)][:, np.argsort(perm_in)]
         moved = x[:, np.argsort(perm_in)]
-        result = moved @ r_in @ inner.T @ r_out if joint else moved @ r_in.T @ inner.T @ r_out.T
+        result = moved @ r_in @ inner.T @ r_out if joint or transposed else moved @ r_in.T @ inner.T @ r_out.T
         return result[:, perm_out] + bias
 
-    config = {"peft_type": "POET"} | ({} if terms is None else {"neumann_terms": terms})
+    config = {"peft_type": "POET", "poet_transposed": transposed} | ({} if terms is None else {"neumann_terms": terms})
     return Case(config, parts, forward, (OUT, IN))
 
 
@@ -115,6 +115,7 @@ def kadaptation(*, whole: bool, common: bool, bias: bool = True) -> Case:
 CASES = {
     "poet, two rotations": poet(joint=False),
     "poet, blocks of two sides": poet(joint=False, sides=(3, 2)),
+    "poet, two rotations transposed": poet(joint=False, sides=(3, 2), transposed=True),
     "poet, in one tensor": poet(joint=True),
     "poet, three terms": poet(joint=True, terms=3),
     "poet, exact": poet(joint=False, terms=0),

@@ -87,6 +87,7 @@ def _check_svft(layer: Layer) -> None:
     renames={r"\.svft_layer\.": ".svft_"},
     places=("svft_s_row", "svft_s_col", "svft_s_pre_row", "svft_s_pre_col"),
     check=_check_svft,
+    whole=lambda layer: "svft_u" not in layer,
     source="Lingam et al., SVFT, NeurIPS 2024, arXiv:2405.19597; the authors' repository VijayLingam95/SVFT",
 )
 def svft(layer: Layer) -> Change:
@@ -144,6 +145,7 @@ _VECTORS = {"vectorfit_u": "out k", "vectorfit_v": "k in", "vectorfit_bias": "ou
         form("out in", vectorfit_delta="k", optional=_VECTORS),
     ),
     check=_check_vectorfit,
+    whole=lambda layer: "vectorfit_u" not in layer,
     changes_bias=lambda layer: "vectorfit_bias" in layer,
     bias=lambda layer, bias: bias + layer.array("vectorfit_bias"),
     source="Hegde et al., VectorFit, arXiv:2503.19530 (from the paper and its readme: no code is released)",

@@ -82,6 +82,7 @@ def _check_s2ft(layer: Layer) -> None:
     ),
     places=(ROW_ORDER, COLUMN_ORDER, "s2_start"),
     check=_check_s2ft,
+    whole=lambda layer: layer.flag("s2_permuted") and ROW_ORDER in layer,
     changes_bias=lambda layer: layer.flag("s2_permuted") and layer.flag("s2_permuted_bias") and ROW_ORDER in layer,
     bias=lambda layer, bias: bias[np.argsort(_order(layer, ROW_ORDER, layer.rows))],
     source="Yang et al., S2FT: Structured Sparse Fine-Tuning, NeurIPS 2024, arXiv:2412.06289; the authors' repository "

@@ -19,6 +19,13 @@ _FORMS = (
     form("out ...", sparse_values="n", sparse_mask="out ..."),
 )
 _PLACES = ("sparse_indices", "sparse_mask")
+
+
+def _masked(layer: Layer) -> bool:
+    """Whether a mask as large as the weight is read."""
+    return "sparse_mask" in layer
+
+
 _REPLACING = Setting("sparse_replace", "flag", False, "values take the place of the base's, and are not added to them")
 
 
@@ -28,6 +35,7 @@ _REPLACING = Setting("sparse_replace", "flag", False, "values take the place of 
     forms=_FORMS,
     settings=(_REPLACING,),
     places=_PLACES,
+    whole=_masked,
     source="Liu et al., LIFT the Veil for the Truth: Principal Weights, ICML 2025, arXiv:2506.00772; the authors' "
     "repository zihanghliu/LIFT",
 )
@@ -47,6 +55,7 @@ def lift(layer: Layer) -> Change:
     forms=_FORMS,
     settings=(_REPLACING,),
     places=_PLACES,
+    whole=_masked,
     source="Sung et al., Training Neural Networks with Fixed Sparse Masks, NeurIPS 2021, arXiv:2111.09839; the "
     "authors' repository varunnair18/FISH",
 )
@@ -68,6 +77,7 @@ def fish(layer: Layer) -> Change:
         Setting("threshold", "number", None, "entries of the base below it are the trained ones, where no places are"),
     ),
     places=_PLACES,
+    whole=_masked,
     source="Hu et al., SaRA: Progressive Sparse Low-Rank Adaptation, ICLR 2025, arXiv:2409.06633; the authors' "
     "repository sjtuplayer/SaRA",
 )
@@ -193,6 +203,8 @@ def _check_snell(layer: Layer) -> None:
         r"\.additional_(\w+)\.snell_": r".\1.snell_",
     },
     check=_check_snell,
+    # The change is made whole, though the base is not needed for it.
+    whole=True,
     source="Shen et al., SNELL, NeurIPS 2024, arXiv:2411.01800, and SNELLA; the authors' repository ssfgunner/SNELL",
 )
 def snell(layer: Layer) -> Change:

@@ -71,10 +71,12 @@ _ORDERS = {
         Setting(
             "neumann_terms", "whole", 5, "terms of the series that stands for the inverse; 0 for the inverse itself"
         ),
+        Setting("poet_transposed", "flag", False, "rotations are taken transposed, in the layout of two tensors too"),
         Setting("poet_permuted", "flag", False, "the base holds weights as POET's layers do, in permuted order"),
     ),
     places=tuple(_ORDERS),
     check=_check_poet,
+    whole=True,
     source="Qiu et al., Reparameterized LLM Training via Orthogonal Equivalence Transformation, NeurIPS 2025, "
     "arXiv:2506.08001; the authors' package poet_torch",
 )
@@ -88,16 +90,19 @@ def poet(layer: Layer) -> Change:
     Two layouts, both the authors': ``oft_R_out`` and ``oft_R_in`` as above, and ``oft_R`` with the output's blocks
     first and then the input's, whose layer takes both rotations transposed: ``P_out R_out' P_out' W P_in R_in' P_in'``.
     ``perm_in`` and ``perm_out`` must be there, and row i of ``P x`` is row ``perm[i]`` of x. POET's own checkpoints of
-    the second layout hold W already permuted: say ``poet_permuted``. Biases stay, as in the authors' merge.
+    the second layout hold W already permuted: say ``poet_permuted``. (A later POETLinear of theirs has the first
+    layout and takes the rotations transposed: say ``poet_transposed`` as well.) Biases stay, as in the authors' merge.
     """
     terms = layer.whole("neumann_terms")
     if "oft_R" in layer:
-        blocks = np.swapaxes(_rotations(layer.array("oft_R"), _side(layer, "oft_R"), terms), 1, 2)
+        blocks = _rotations(layer.array("oft_R"), _side(layer, "oft_R"), terms)
         count = layer.rows // blocks.shape[1]
         out_blocks, in_blocks = blocks[:count], blocks[count:]
     else:
         out_blocks = _rotations(layer.array("oft_R_out"), _side(layer, "oft_R_out"), terms)
         in_blocks = _rotations(layer.array("oft_R_in"), _side(layer, "oft_R_in"), terms)
+    if "oft_R" in layer or layer.flag("poet_transposed"):
+        out_blocks, in_blocks = np.swapaxes(out_blocks, 1, 2), np.swapaxes(in_blocks, 1, 2)
     out_order, in_order = _permutation(layer, "perm_out", layer.rows), _permutation(layer, "perm_in", layer.columns)
     permuted = layer.flag("poet_permuted")
 

@@ -102,6 +102,8 @@ def _check_tera(layer: Layer) -> None:
     ),
     shared=("tera_core", *_FACTORS),
     check=_check_tera,
+    # The change is made whole, though the base is not needed for it.
+    whole=True,
     source="Gu et al., TeRA: Vector-based Random Tensor Network for High-Rank Adaptation, arXiv:2509.03234 "
     "(from the abstract)",
 )
