@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -64,28 +65,41 @@ def poet(*, joint: bool, terms: int | None = None, sides: tuple[int, int] = (4, 
     return Case(config, parts, forward, (OUT, IN))
 
 
-def ring_matrix(cores: Any) -> Any:
-    """Entry by entry, as traces of products."""
-    rows, columns = ([core.shape[axis] for core in cores] for axis in (1, 2))
+def flat(at: tuple[int, ...], lengths: list[int]) -> int:
+    """The paper's little endian: the first index is the fastest."""
+    return int(np.ravel_multi_index(at, lengths, order="F"))
+
+
+def ring_matrix(rows: list[int], columns: list[int], slices: Any) -> Any:
+    """Entry by entry, as traces of products of ``slices(at, to)``."""
     result = np.zeros((int(np.prod(rows)), int(np.prod(columns))))
-    for i, at in enumerate(itertools.product(*map(range, rows))):
-        for j, to in enumerate(itertools.product(*map(range, columns))):
-            product = np.eye(cores[0].shape[0])
-            for core, a, b in zip(cores, at, to, strict=True):
-                product = product @ core[:, a, b, :]
-            result[i, j] = np.trace(product)
+    for at in itertools.product(*map(range, rows)):
+        for to in itertools.product(*map(range, columns)):
+            result[flat(at, rows), flat(to, columns)] = np.trace(product(slices(at, to)))
     return result
 
 
-def tlora(transform: list[tuple[int, ...]], residual: list[tuple[int, ...]]) -> Case:
-    cores = {f"tlora_T_{number}": draw(number, *shape) for number, shape in enumerate(transform, 1)}
-    cores |= {f"tlora_R_{number}": draw(10 + number, *shape) for number, shape in enumerate(residual, 1)}
+def product(matrices: Any) -> Any:
+    return functools.reduce(np.matmul, matrices, np.eye(len(matrices[0]) if matrices else 1))
+
+
+def tlora(a: list[tuple[int, ...]], b: list[tuple[int, ...]], c: list[tuple[int, ...]]) -> Case:
+    cores = {}
+    for seed, (letter, shapes) in enumerate(zip("ABC", (a, b, c), strict=True)):
+        cores |= {f"tlora_{letter}_{k}": draw(10 * seed + k, *shape) for k, shape in enumerate(shapes, 1)}
 
     def forward(x: Any, weight: Any, bias: Any, parts: Any) -> Any:
-        turned = [parts[name] for name in sorted(parts) if name.startswith("tlora_T")]
-        added = [parts[name] for name in sorted(parts) if name.startswith("tlora_R")]
-        seen = x @ ring_matrix(turned).T if turned else x
-        return seen @ weight.T + bias + (x @ ring_matrix(added).T if added else 0)
+        held = {letter: [parts[name] for name in sorted(parts) if f"_{letter}_" in name] for letter in "ABC"}
+        sides = {letter: [len(core) for core in got] for letter, got in held.items()}
+        turned = ring_matrix(
+            sides["A"], sides["A"], lambda at, to: [core[i, j] for core, i, j in zip(held["A"], at, to, strict=True)]
+        )
+        added = ring_matrix(
+            sides["B"],
+            sides["C"],
+            lambda at, to: [core[i] for core, i in zip(held["B"] + held["C"], at + to, strict=True)],
+        )
+        return (x @ turned.T if a else x) @ weight.T + bias + (x @ added.T if b else 0)
 
     return Case({"peft_type": "TLORA"}, cores, forward, (OUT, IN))
 
@@ -119,10 +133,10 @@ CASES = {
     "poet, in one tensor": poet(joint=True),
     "poet, three terms": poet(joint=True, terms=3),
     "poet, exact": poet(joint=False, terms=0),
-    "tlora": tlora([(2, 4, 4, 3), (3, 2, 2, 2)], [(1, 3, 4, 2), (2, 4, 2, 1)]),
-    "tlora, transform alone": tlora([(2, 2, 2, 3), (3, 2, 2, 2), (2, 2, 2, 2)], []),
-    "tlora, residual alone": tlora([], [(2, 12, 1, 3), (3, 1, 8, 2)]),
-    "tlora, one core": tlora([(3, 8, 8, 3)], [(2, 12, 8, 2)]),
+    "tlora": tlora([(4, 4, 2, 3), (2, 2, 3, 2)], [(3, 1, 2), (4, 2, 3)], [(2, 3, 2), (4, 2, 1)]),
+    "tlora, transform alone": tlora([(2, 2, 2, 3), (2, 2, 3, 2), (2, 2, 2, 2)], [], []),
+    "tlora, residual alone": tlora([], [(2, 2, 3), (2, 3, 2), (3, 2, 1)], [(8, 1, 2)]),
+    "tlora, one core": tlora([(8, 8, 3, 3)], [(12, 2, 3)], [(8, 3, 2)]),
     "kadaptation": kadaptation(whole=True, common=False),
     "kadaptation, factored rule for all": kadaptation(whole=False, common=True, bias=False),
 }
@@ -164,13 +178,14 @@ def changed(case: Case, **parts: Any) -> Case:
         (changed(poet(joint=True), oft_R=draw(1, 4, 6)), "holds 4 blocks of side 4, and the weight is [12, 8]"),
         (changed(poet(joint=False), oft_R_in=draw(1, 3, 6)), "oft_R_in holds 3 blocks of side 4"),
         (poet(joint=True, terms=65), "0 to 64 make sense"),
-        (tlora([(2, 8, 8, 3)], []), "the ring of tlora_T is open"),
-        (tlora([(2, 4, 4, 2)], []), "give a matrix [4, 4], and [8, 8] is needed"),
+        (tlora([(8, 8, 2, 3)], [], []), "the ring of tlora_A is open"),
+        (tlora([], [(12, 2, 3)], [(8, 2, 2)]), "the ring of tlora_B and tlora_C is open"),
+        (changed(tlora([(8, 8, 1, 1)], [(12, 2, 3)], [(8, 3, 2)]), tlora_B_1=None), "does not hold tlora_B_1"),
+        (tlora([(4, 4, 2, 2)], [], []), "sides whose product is 4, and 8 is needed"),
         (
-            changed(tlora([(2, 4, 4, 3), (3, 2, 2, 2)], []), tlora_T_2=None, tlora_T_3=draw(1, 3, 2, 2, 2)),
-            "does not hold tlora_T_2",
+            changed(tlora([(4, 4, 2, 3), (2, 2, 3, 2)], [], []), tlora_A_2=None, tlora_A_3=draw(1, 2, 2, 3, 2)),
+            "does not hold tlora_A_2",
         ),
-        (changed(tlora([(1, 8, 8, 1)], []), tlora_R_1=draw(1, 1, 8, 12, 1)), "give a matrix [8, 12]"),
         (
             changed(kadaptation(whole=True, common=False), kada_rule=None),
             "does not hold kada_rule_left and kada_rule_right",
@@ -188,8 +203,8 @@ def test_what_does_not_fit_is_refused(case, message):
 def test_rings_whose_ranks_are_too_large_to_multiply_out_are_refused():
     """The file is small: its cores have one entry a side, but the weight's row is long."""
     width = 1 << 14
-    cores = {"tlora_T_1": draw(1, 1, 1, 1, 1 << 13), "tlora_T_2": draw(2, 1 << 13, 1, 1, 1)}
-    cores |= {f"tlora_T_{number}": draw(number, 1, 128, 128, 1) for number in (3, 4)}
+    cores = {"tlora_A_1": draw(1, 1, 1, 1, 1 << 13), "tlora_A_2": draw(2, 1, 1, 1 << 13, 1)}
+    cores |= {f"tlora_A_{number}": draw(number, 128, 128, 1, 1) for number in (3, 4)}
     base = checkpoint("base", {"m.q.weight": draw(1, 2, width)})
     named = {f"base_model.model.m.q.{name}": core for name, core in cores.items()}
     with pytest.raises(CheckpointError, match="ranks too large to multiply out"):

@@ -31,8 +31,7 @@ def _check_paca(layer: Layer) -> None:
     ),
     places=("paca_indices",),
     check=_check_paca,
-    source="Woo et al., PaCA: Partial Connection Adaptation, ICLR 2025, arXiv:2503.01905; the authors' repository "
-    "WooSunghyeon/paca",
+    source="Woo et al., PaCA: Partial Connection Adaptation, ICLR 2025; the authors' repository WooSunghyeon/paca",
 )
 def paca(layer: Layer) -> Change:
     """PaCA: columns ``paca_indices`` of the weight become ``paca_w * alpha / r``, and do not depend on the base.
@@ -85,8 +84,8 @@ def _check_s2ft(layer: Layer) -> None:
     whole=lambda layer: layer.flag("s2_permuted") and ROW_ORDER in layer,
     changes_bias=lambda layer: layer.flag("s2_permuted") and layer.flag("s2_permuted_bias") and ROW_ORDER in layer,
     bias=lambda layer, bias: bias[np.argsort(_order(layer, ROW_ORDER, layer.rows))],
-    source="Yang et al., S2FT: Structured Sparse Fine-Tuning, NeurIPS 2024, arXiv:2412.06289; the authors' repository "
-    "Infini-AI-Lab/S2FT, and its copy in zihanghliu/LIFT",
+    source="Yang et al., S2FT: LLM Fine-tuning by Structured Sparsity, NeurIPS 2024, arXiv:2412.06289; the authors' "
+    "repository Infini-AI-Lab/S2FT, and its copy in zihanghliu/LIFT",
 )
 def s2ft(layer: Layer) -> Change:
     """S2FT: rows or columns are added to the base in the base's own order.

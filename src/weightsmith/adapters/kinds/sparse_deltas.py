@@ -205,7 +205,8 @@ def _check_snell(layer: Layer) -> None:
     check=_check_snell,
     # The change is made whole, though the base is not needed for it.
     whole=True,
-    source="Shen et al., SNELL, NeurIPS 2024, arXiv:2411.01800, and SNELLA; the authors' repository ssfgunner/SNELL",
+    source="Shen et al., SNELL, NeurIPS 2024, arXiv:2411.01800, and SNELLA, arXiv:2510.24037; the authors' "
+    "repository ssfgunner/SNELL",
 )
 def snell(layer: Layer) -> Change:
     """SNELL: ``W + sparse(D)``, with ``D[o, i] = sum_h c_h ||Out_Qs[h, o] - In_Qs[h, i]||``, a distance as kernel.

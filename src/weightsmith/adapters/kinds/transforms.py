@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from weightsmith.adapters.change import Added, Change, Rows, Whole
-from weightsmith.adapters.forms import form
+from weightsmith.adapters.forms import Shape, form
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
@@ -78,7 +78,7 @@ _ORDERS = {
     check=_check_poet,
     whole=True,
     source="Qiu et al., Reparameterized LLM Training via Orthogonal Equivalence Transformation, NeurIPS 2025, "
-    "arXiv:2506.08001; the authors' package poet_torch",
+    "arXiv:2506.08001; the authors' repository Sphere-AI-Lab/poet",
 )
 def poet(layer: Layer) -> Change:
     """POET's orthogonal equivalence: ``P_out R_out P_out' W P_in R_in P_in'``, with block-diagonal rotations R.
@@ -91,7 +91,8 @@ def poet(layer: Layer) -> Change:
     first and then the input's, whose layer takes both rotations transposed: ``P_out R_out' P_out' W P_in R_in' P_in'``.
     ``perm_in`` and ``perm_out`` must be there, and row i of ``P x`` is row ``perm[i]`` of x. POET's own checkpoints of
     the second layout hold W already permuted: say ``poet_permuted``. (A later POETLinear of theirs has the first
-    layout and takes the rotations transposed: say ``poet_transposed`` as well.) Biases stay, as in the authors' merge.
+    layout and takes the rotations transposed: say ``poet_transposed`` as well.) Biases stay, as in the first layout and
+    in all merges; the forward pass of POETLinear rotates them too, which is for layers without.
     """
     terms = layer.whole("neumann_terms")
     if "oft_R" in layer:
@@ -153,28 +154,33 @@ def _cores(layer: Layer, stem: str) -> list[str]:
 
 
 def _check_tlora(layer: Layer) -> None:
-    for stem, sides in (("tlora_T", (layer.columns, layer.columns)), ("tlora_R", (layer.rows, layer.columns))):
+    shapes: dict[str, list[Shape]] = {}
+    for stem, side in (("tlora_A", layer.columns), ("tlora_B", layer.rows), ("tlora_C", layer.columns)):
         parts = _cores(layer, stem)
         layer.require("cores are counted from 1 on", *(f"{stem}_{number}" for number in range(1, len(parts) + 1)))
-        shapes = [layer.shape_of(part) for part in parts]
-        if not shapes:
-            continue
-        if shapes[0][0] != shapes[-1][3]:
-            raise layer.error(
-                f"the ring of {stem} is open: its first rank is {shapes[0][0]} and its last {shapes[-1][3]}"
-            )
-        found = tuple(math.prod(shape[axis] for shape in shapes) for axis in (1, 2))
-        if found != sides:
-            raise layer.error(f"the cores of {stem} give a matrix {list(found)}, and {list(sides)} is needed")
-        if layer.columns * max(shape[3] for shape in shapes) > _WORK:
-            raise layer.error(f"the cores of {stem} have ranks too large to multiply out: {[s[3] for s in shapes]}")
+        shapes[stem] = [layer.shape_of(part) for part in parts]
+        found = math.prod(shape[0] for shape in shapes[stem])
+        if parts and found != side:
+            raise layer.error(f"the cores of {stem} have sides whose product is {found}, and {side} is needed")
+    if bool(shapes["tlora_B"]) != bool(shapes["tlora_C"]):
+        layer.require("a residual has cores for its rows and for its columns", "tlora_B_1", "tlora_C_1")
+    for ring, name in ((shapes["tlora_A"], "tlora_A"), (shapes["tlora_B"] + shapes["tlora_C"], "tlora_B and tlora_C")):
+        ranks = [shape[-2:] for shape in ring]
+        if any(before[1] != after[0] for before, after in zip(ranks, ranks[1:] + ranks[:1], strict=True)):
+            raise layer.error(f"the ring of {name} is open: its ranks are {[list(pair) for pair in ranks]}")
+        if ring and layer.columns * max(map(max, ranks)) > _WORK:
+            raise layer.error(f"the cores of {name} have ranks too large to multiply out: {[one for one, _ in ranks]}")
 
 
-def _ring(stem: str, rank: str, left: str, right: str, first: int) -> dict[str, str]:
-    return {
-        f"{stem}_{number}": f"{rank}{number - 1} {left}{number} {right}{number} {rank}{number}"
-        for number in range(first, _CORES + 1)
-    }
+def _ring(stem: str, shape: str, first: int) -> dict[str, str]:
+    return {f"{stem}_{number}": shape.format(before=number - 1, this=number) for number in range(first, _CORES + 1)}
+
+
+_TRANSFORM, _ROW_CORES, _COLUMN_CORES = (
+    "i{this} i{this} t{before} t{this}",
+    "o{this} b{before} b{this}",
+    "p{this} c{before} c{this}",
+)
 
 
 @parameterization(
@@ -183,25 +189,34 @@ def _ring(stem: str, rank: str, left: str, right: str, first: int) -> dict[str, 
     forms=(
         form(
             "out in",
-            tlora_T_1="t0 i1 i1 t1",
-            optional=_ring("tlora_T", "t", "i", "i", 2) | _ring("tlora_R", "r", "o", "p", 1),
+            tlora_A_1="i1 i1 t0 t1",
+            optional=_ring("tlora_A", _TRANSFORM, 2)
+            | _ring("tlora_B", _ROW_CORES, 1)
+            | _ring("tlora_C", _COLUMN_CORES, 1),
         ),
-        form("out in", tlora_R_1="r0 o1 p1 r1", optional=_ring("tlora_R", "r", "o", "p", 2)),
+        form(
+            "out in",
+            tlora_B_1="o1 b0 b1",
+            tlora_C_1="p1 c0 c1",
+            optional=_ring("tlora_B", _ROW_CORES, 2) | _ring("tlora_C", _COLUMN_CORES, 2),
+        ),
     ),
     check=_check_tlora,
     source="Tao et al., Transformed Low-rank Adaptation via Tensor Decomposition, ICCV 2025, arXiv:2501.08727",
 )
 def tlora(layer: Layer) -> Change:
-    """TLoRA: ``W T + R``, a full-rank transform T ``[in, in]`` and a residual R ``[out, in]``, both tensor rings.
+    """TLoRA: ``W T + R``, a full-rank transform T ``[in, in]`` that is a tensor-ring matrix, and a tensor ring R.
 
-    A ring matrix of cores ``C_k [r_(k-1), a_k, b_k, r_k]``, whose last rank is the first, has the entry
-    ``trace(C_1[:, a_1, b_1, :] C_2[:, a_2, b_2, :] ...)`` at row ``(a_1, a_2, ...)`` and column ``(b_1, b_2, ...)``,
-    the first index the slowest. Cores are ``tlora_T_1``, ``tlora_T_2``, ..., with ``a_k = b_k``, and ``tlora_R_1``,
-    ..., up to 6 of each; without a T it is the identity, without an R it is zero. A plain tensor ring of the residual
-    is one with ``b_k = 1`` or ``a_k = 1``. Inferred: the structure is the paper's, the names of the cores are ours.
+    T has at ``(i_1 ... i_D, j_1 ... j_D)`` the entry ``trace(A_1[i_1, j_1] A_2[i_2, j_2] ... A_D[i_D, j_D])``, and R
+    ``trace(B_1[i_1] ... B_D[i_D] C_1[j_1] ... C_D[j_D])``, the first index the fastest, as in the paper. Cores are
+    ``tlora_A_1`` ``[i, i, r, r']``, ..., ``tlora_B_1`` ``[o, r, r']``, ... for rows and ``tlora_C_1`` ``[p, r, r']``,
+    ... for columns, up to 6 of each; without A, T is the identity, and without B and C, R is zero. Inferred: formulas
+    are the paper's, the names of the tensors are ours.
     """
-    transform = [layer.array(part) for part in _cores(layer, "tlora_T")]
-    residual = [layer.array(part) for part in _cores(layer, "tlora_R")]
+    # With the first index fastest, the last core stands for the slowest; a trace is that of the transposed product.
+    transform = [layer.array(part).transpose(3, 0, 1, 2) for part in reversed(_cores(layer, "tlora_A"))]
+    residual = [layer.array(part).transpose(2, 0, 1)[:, None, :, :] for part in reversed(_cores(layer, "tlora_C"))]
+    residual += [layer.array(part).transpose(2, 0, 1)[:, :, None, :] for part in reversed(_cores(layer, "tlora_B"))]
     arrays = [*transform, *residual]
     step = max(_WORK // (8 * layer.columns * max(core.shape[3] for core in arrays)), 1)
 
