@@ -115,6 +115,9 @@ def test_names_of_all_of_hydras_code_lead_to_the_adapted_layer(spelling, layer):
         held[f"{spelling.format(side, ends[end])}.weight"] = array
     base = case.base()
     tensors = {f"{layer}.weight": base["m.q.weight"], f"{layer}.bias": base["m.q.bias"]}
+    if "ad_lin" in spelling:
+        # CLIP's state dict holds the frozen layer beside its branches.
+        held["visual.resblocks.0.mlp.ad_lin.linear.weight"] = base["m.q.weight"]
     found = fold(checkpoint("base", tensors), checkpoint("adapter", held, case.config))
     expected = folded(case)
     for part in ("weight", "bias"):

@@ -150,9 +150,10 @@ class Adapter:
                 self.shared[bare] = tensor
                 self._check(bare, tensor)
                 continue
-            found = self._split(self._renamed(key), heads)
+            renamed = self._renamed(key)
+            found = self._split(renamed, heads)
             if found is None:
-                self._keep_plain(key, tensor)
+                self._keep_plain(renamed, tensor)
                 continue
             module, part = found
             first = origin.setdefault(found, key)

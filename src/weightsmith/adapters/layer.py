@@ -114,6 +114,10 @@ class Layer:
         """Whether the adapter holds a part for this layer."""
         return part in self.parts
 
+    def __getitem__(self, part: str) -> Shape:
+        """Return the shape of a part, of this layer or shared."""
+        return self._tensor(part).shape
+
     def array(self, part: str) -> Array:
         """Read a part, of this layer or shared, as float64, in its shape."""
         tensor = self._tensor(part)
@@ -153,10 +157,6 @@ class Layer:
         missing = [part for part in parts if part not in self.parts and part not in self.shared]
         if missing:
             raise self.error(f"the adapter does not hold {' and '.join(missing)}: {why}; store it beside the rest")
-
-    def shape_of(self, part: str) -> Shape:
-        """The shape of a part, of this layer or shared."""
-        return self._tensor(part).shape
 
     def _tensor(self, part: str) -> Tensor:
         return self.parts[part] if part in self.parts else self.shared[part]

@@ -57,7 +57,7 @@ def _hydra_scale(layer: Layer, branch: str) -> float:
     renames={
         r"\.mlp\.hydra_mlp_(par|seq)\.": r".mlp.fc2.adapter_\1.",
         r"\.attn\.hydra_proj_(par|seq)\.": r".attn.proj.adapter_\1.",
-        r"\.mlp\.ad_lin\.adapter_": ".mlp.c_proj.adapter_",
+        r"\.mlp\.ad_lin\.(linear\.)?": ".mlp.c_proj.",
         r"\.hydra_(par|seq)\.hydra_([AB])\b": r".dense.hydra_\1_\2",
     },
     changes_bias=lambda layer: True,
@@ -104,7 +104,7 @@ _LINEAR = ("linear", "identity", "none")
 
 def _insertion(layer: Layer) -> str:
     said = layer.text("insertion") or (_BESIDE if layer.flag("use_parallel_adapter") else None)
-    down, up = layer.shape_of("adapter_down")[1], layer.shape_of("adapter_up")[0]
+    down, up = layer["adapter_down"][1], layer["adapter_up"][0]
     sides = {_BEFORE: (layer.columns, layer.columns), _AFTER: (layer.rows,) * 2, _BESIDE: (layer.columns, layer.rows)}
     fit = [way for way, lengths in sides.items() if lengths == (down, up)]
     if said in fit:

@@ -24,7 +24,7 @@ def _check_poet(layer: Layer) -> None:
         )
     parts = ("oft_R",) if "oft_R" in layer else ("oft_R_out", "oft_R_in")
     sides = {_side(layer, part) for part in parts}
-    counts = {part: layer.shape_of(part)[0] for part in parts}
+    counts = {part: layer[part][0] for part in parts}
     if len(sides) == 1 and "oft_R" in layer:
         (side,) = sides
         if layer.rows % side or layer.columns % side or counts["oft_R"] != (layer.rows + layer.columns) // side:
@@ -42,7 +42,7 @@ def _check_poet(layer: Layer) -> None:
 
 def _side(layer: Layer, part: str) -> int:
     """Return the side of the skew-symmetric blocks of which a part holds the upper triangles."""
-    entries = layer.shape_of(part)[1]
+    entries = layer[part][1]
     side = (1 + math.isqrt(1 + 8 * entries)) // 2
     if side * (side - 1) // 2 != entries:
         raise layer.error(f"{part} has {entries} entries a block, which are no upper triangle of a square")
@@ -158,7 +158,7 @@ def _check_tlora(layer: Layer) -> None:
     for stem, side in (("tlora_A", layer.columns), ("tlora_B", layer.rows), ("tlora_C", layer.columns)):
         parts = _cores(layer, stem)
         layer.require("cores are counted from 1 on", *(f"{stem}_{number}" for number in range(1, len(parts) + 1)))
-        shapes[stem] = [layer.shape_of(part) for part in parts]
+        shapes[stem] = [layer[part] for part in parts]
         found = math.prod(shape[0] for shape in shapes[stem])
         if parts and found != side:
             raise layer.error(f"the cores of {stem} have sides whose product is {found}, and {side} is needed")
@@ -273,12 +273,12 @@ def _check_kadaptation(layer: Layer) -> None:
         layer.require("it is trained, and shared by layers", "kada_rule_left", "kada_rule_right")
     terms = layer.length("t")
     rules = ["kada_rule"] if whole else ["kada_rule_left", "kada_rule_right"]
-    shapes = [layer.shape_of(rule) for rule in rules]
+    shapes = [layer[rule] for rule in rules]
     fits = all(len(shape) == 3 and shape[0] == terms for shape in shapes)
     fits = fits and (whole or shapes[0][2] == shapes[1][1])
     sides = (shapes[0][1] * layer.length("p"), shapes[-1][2] * layer.length("q")) if fits else None
     if sides != (layer.columns, layer.rows):
-        held = {part: list(layer.shape_of(part)) for part in (*rules, "kada_left", "kada_right")}
+        held = {part: list(layer[part]) for part in (*rules, "kada_left", "kada_right")}
         raise layer.error(f"{held} do not make a matrix of {layer.columns} inputs and {layer.rows} outputs")
 
 

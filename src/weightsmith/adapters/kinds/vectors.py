@@ -19,7 +19,7 @@ _MODES = 6
 
 def _check_uora(layer: Layer) -> None:
     layer.require(f"{_DRAWN}, and parts of it were drawn again in training", "uora_A", "uora_B")
-    rank, down, up = layer.length("r"), layer.shape_of("uora_A"), layer.shape_of("uora_B")
+    rank, down, up = layer.length("r"), layer["uora_A"], layer["uora_B"]
     if len(down) != 2 or len(up) != 2 or down[0] != rank or up[1] != rank:
         raise layer.error(
             f"uora_A {list(down)} and uora_B {list(up)} do not fit uora_lambda_d [{rank}]; needed are [{rank}, in] and "
@@ -71,9 +71,9 @@ def _check_tera(layer: Layer) -> None:
     modes = _modes(layer)
     layer.require("the vectors of a network are counted from 1 on", *_DIAGONALS[:modes])
     layer.require(_DRAWN, "tera_core", *_FACTORS[:modes])
-    core = layer.shape_of("tera_core")
-    ranks = tuple(layer.shape_of(part)[0] for part in _DIAGONALS[:modes])
-    shapes = [layer.shape_of(part) for part in _FACTORS[:modes]]
+    core = layer["tera_core"]
+    ranks = tuple(layer[part][0] for part in _DIAGONALS[:modes])
+    shapes = [layer[part] for part in _FACTORS[:modes]]
     if core != ranks or any(len(shape) != 2 or shape[1] != rank for shape, rank in zip(shapes, ranks, strict=True)):
         raise layer.error(
             f"tera_core {list(core)}, factors {[list(shape) for shape in shapes]} and diagonals {list(ranks)} do not "
