@@ -9,6 +9,7 @@ import pytest
 from one_layer import Case, check, checkpoint, draw, folded, refused
 
 from weightsmith.adapters.fold import fold
+from weightsmith.errors import PlanError
 
 OUT, IN = 9, 14
 
@@ -127,6 +128,12 @@ def test_names_of_all_of_hydras_code_lead_to_the_adapted_layer(spelling, layer):
 def test_a_bias_that_a_layer_has_no_place_for_is_refused():
     case = hydra(biases=True, bias=False)
     assert "changes the bias of m.q, and base has no m.q.bias" in refused(case)
+
+
+def test_a_bias_of_another_length_is_refused():
+    case = hydra()
+    with pytest.raises(PlanError, match=r"which has 9 outputs, and m.q.bias is \[14\]"):
+        folded(case, case.base() | {"m.q.bias": draw(1, IN)})
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,11 @@ class _Folding:
                 f"{adapter.name} changes the bias of {module}, and {self._base.name} has no {bias}: a layer without "
                 "a bias cannot take it"
             )
+        if self._base[bias].shape != (layer.rows,):
+            raise PlanError(
+                f"{adapter.name} changes the bias of {module}, which has {layer.rows} outputs, and {bias} is "
+                f"{list(self._base[bias].shape)}"
+            )
 
         def changed(column: Array) -> Array:
             assert adapter.kind.bias is not None
