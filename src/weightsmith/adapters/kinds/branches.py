@@ -175,11 +175,11 @@ def _bottleneck_scale(layer: Layer) -> float:
     "AGI-Edgerunners/LLM-Adapters",
 )
 def bottleneck(layer: Layer) -> Change:
-    """A bottleneck adapter on one linear layer, if nothing non-linear stands in it.
+    """Bottleneck: ``(I + s Up Down) W``, ``W (I + s Up Down)`` or ``W + s Up Down``, if nothing in it is non-linear.
 
-    Before the layer ``W (I + s Up Down)``, after it ``(I + s Up Down) W``, parallel ``W + s Up Down``; the bias changes
-    with it. Shapes tell which, or ``insertion``. With any function between Down and Up (the default is tanh), as
-    AdaptFormer, AdapterTune and VL-Adapter have, no plain weights equal it, and it is refused.
+    The first stands after the layer, the second before it, the third is parallel; the bias changes with it. Shapes tell
+    which it is, or ``insertion``. With any function between Down and Up (tanh, if the config says nothing), as in
+    AdaptFormer, AdapterTune and VL-Adapter, no plain weights equal it, and it is refused.
     """
     down, up = layer.array("adapter_down"), layer.array("adapter_up") * _bottleneck_scale(layer)
     way = _insertion(layer)

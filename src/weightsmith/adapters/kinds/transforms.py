@@ -1,4 +1,4 @@
-"""Kinds that multiply the base's weight by something from the left or the right."""
+"""Kinds made of structured matrices: rotations in blocks, tensor rings, Kronecker products."""
 
 from __future__ import annotations
 
@@ -13,31 +13,22 @@ from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
 from weightsmith.checkpoint.tensor import Array
 
+# Further ones are lost in rounding, for any rotation that a series is good for.
+_MOST_TERMS = 64
 _PERMUTATIONS = "the permutations were drawn at random, and again at every merge in training"
 
 
 def _check_poet(layer: Layer) -> None:
     layer.require(_PERMUTATIONS, "perm_in", "perm_out")
-    if layer.whole("neumann_terms") < 0 or layer.whole("neumann_terms") > 64:
-        raise layer.error(
-            f"adapter_config.json gives neumann_terms as {layer.whole('neumann_terms')}; 0 to 64 make sense"
-        )
-    parts = ("oft_R",) if "oft_R" in layer else ("oft_R_out", "oft_R_in")
-    sides = {_side(layer, part) for part in parts}
-    counts = {part: layer[part][0] for part in parts}
-    if len(sides) == 1 and "oft_R" in layer:
-        (side,) = sides
-        if layer.rows % side or layer.columns % side or counts["oft_R"] != (layer.rows + layer.columns) // side:
-            raise layer.error(
-                f"oft_R holds {counts['oft_R']} blocks of side {side}, and the weight is {list(layer.shape)}"
-            )
-        return
-    for part, length in (("oft_R_out", layer.rows), ("oft_R_in", layer.columns)):
-        if counts[part] * _side(layer, part) != length:
-            raise layer.error(
-                f"{part} holds {counts[part]} blocks of side {_side(layer, part)}, and the weight is "
-                f"{list(layer.shape)}"
-            )
+    terms = layer.whole("neumann_terms")
+    if not 0 <= terms <= _MOST_TERMS:
+        raise layer.error(f"adapter_config.json gives neumann_terms as {terms}; 0 to {_MOST_TERMS} make sense")
+    joint = "oft_R" in layer
+    lengths = {"oft_R": layer.rows + layer.columns} if joint else {"oft_R_out": layer.rows, "oft_R_in": layer.columns}
+    for part, length in lengths.items():
+        count, side = layer[part][0], _side(layer, part)
+        if count * side != length or (joint and layer.rows % side):
+            raise layer.error(f"{part} holds {count} blocks of side {side}, and the weight is {list(layer.shape)}")
 
 
 def _side(layer: Layer, part: str) -> int:
