@@ -198,6 +198,8 @@ def _adapter(kind: Parameterization) -> list[str]:
         lines += ["", f"**Shared by all layers:** {', '.join(f'`{part}`' for part in kind.shared)}."]
     if kind.aliases:
         lines += ["", f"**Also known as:** {', '.join(f'`{old}` for `{new}`' for old, new in kind.aliases.items())}."]
+    if kind.variant is not None:
+        lines += ["", f"**In configs:** `peft_type: {kind.variant[0]}` with `{kind.variant[1]}` set."]
     if kind.settings:
         lines += ["", "| key | default | meaning |", "|---|---|---|"]
     for setting in kind.settings:

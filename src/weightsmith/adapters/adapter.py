@@ -47,7 +47,7 @@ class Adapter:
         """
         self.checkpoint = checkpoint
         config = checkpoint.config
-        self.kind: Parameterization = get_parameterization(checkpoint.name, config.get("peft_type"))
+        self.kind: Parameterization = get_parameterization(checkpoint.name, config)
         for key, reason in self.kind.refuses.items():
             if config.get(key):
                 raise CheckpointError(f"{checkpoint.name} has {key} in its config, and cannot be folded: {reason}")
@@ -238,10 +238,11 @@ class Adapter:
             if key.endswith(_TOKENS):
                 self._keep_tokens(plain_name(key.removesuffix(_TOKENS)), tensor)
                 continue
-            found = self._split(key, heads)
+            renamed = self._renamed(key)
+            found = self._split(renamed, heads)
             if found is None:
-                if not any(word in self.kind.ignored for word in key.split(".")):
-                    self._keep_plain(key, tensor)
+                if not any(word in self.kind.ignored for word in renamed.split(".")):
+                    self._keep_plain(renamed, tensor)
                 continue
             module, part = found
             if wrapped:
@@ -288,6 +289,11 @@ class Adapter:
             )
         self._check(f"the trained tokens of {module}", tensor, "")
         self.tokens[f"{module}.weight"] = tuple(given), tensor
+
+    def _renamed(self, key: str) -> str:
+        for pattern, replacement in self.kind.renames.items():
+            key = re.sub(pattern, replacement, key)
+        return key
 
     def _keep_plain(self, key: str, tensor: Tensor) -> None:
         stems = {part.partition("_")[0] + "_" for part in self.kind.parts if "_" in part}

@@ -26,6 +26,8 @@ from weightsmith.kernels.convert import narrow
 # The head of models that give each token its chance, as transformers names it.
 _HEAD = "lm_head.weight"
 _GENERATES = re.compile("CausalLM|LMHeadModel|ConditionalGeneration|ForMultimodal")
+# Kinds of models with layers that are stored transposed.
+_CONV1D = {"gpt2", "imagegpt", "openai-gpt", "decision_transformer"}
 # Kinds of models that scale what a head sees where it is tied to the embeddings.
 _SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
 # Models of transformers whose experts are stored as [experts, in, out]; only square ones do not tell by their shapes.
@@ -283,7 +285,10 @@ class _Folding:
         if len(weight.shape) != (3 if adapter.of_experts(module, weight) else 2):
             return None
         straight, turned = (adapter.fits(module, Weight(weight, transposed=side)) for side in (False, True))
-        return None if straight == turned else turned
+        # In a model without such layers, what fits the wrong way round is an adapter of another model.
+        kind = self._base.config.get("model_type")
+        may_be = adapter.transposed or kind is None or kind in _CONV1D or len(weight.shape) == 3
+        return None if straight == turned or (turned and not may_be) else turned
 
     def _add_layer(self, adapter: Adapter, module: str, weight: float, *, transposed: bool) -> None:
         target = self._target(adapter, adapter.weight_name(module, self._base))
@@ -314,9 +319,10 @@ class _Folding:
                 self._keep_head(adapter, target)
         if adapter.kind.changes_bias is None or not adapter.kind.changes_bias(layer):
             return
+        assert kind.bias is not None
         bias = re.sub(r"weight$", "bias", target)
         if bias not in self._base:
-            if not adapter.kind.needs_bias:
+            if not kind.needs_bias or not kind.bias(layer, np.zeros(layer.rows)).any():
                 return
             raise PlanError(
                 f"{adapter.name} changes the bias of {module}, and {self._base.name} has no {bias}: a layer without "
@@ -327,7 +333,6 @@ class _Folding:
                 f"{adapter.name} changes the bias of {module}, {layer.rows} numbers, and {self._base.name} has {bias} "
                 f"as {list(self._base[bias].shape)}"
             )
-        assert adapter.kind.bias is not None
 
         def changed(column: Array) -> Array:
             assert adapter.kind.bias is not None

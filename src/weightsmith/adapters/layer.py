@@ -153,6 +153,16 @@ class Layer:
         places: Array = found.astype(np.int64)
         return places
 
+    def require(self, why: str, *parts: str) -> None:
+        """Check that the adapter holds parts, for this layer or for all.
+
+        Raises:
+            CheckpointError: if it lacks one; ``why`` says why nothing else can stand for it.
+        """
+        missing = [part for part in parts if part not in self.parts and part not in self.shared]
+        if missing:
+            raise self.error(f"the adapter does not hold {' and '.join(missing)}: {why}; store it beside the rest")
+
     def _tensor(self, part: str) -> Tensor:
         tensor = self.parts.get(part, self.shared.get(part))
         if tensor is None:
