@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.engine.arrays import merge_arrays
     from weightsmith.errors import WeightsmithError
+    from weightsmith.extraction.create import extract
     from weightsmith.methods.block import Block, Scope, Sweep
     from weightsmith.methods.registry import Param, PerModel, method
     from weightsmith.recipe.load import load_recipe
@@ -43,6 +44,7 @@ _HOMES = {
     "average": "weightsmith.api",
     "diff": "weightsmith.api",
     "fold_model": "weightsmith.reparameterized.fold",
+    "extract": "weightsmith.extraction.create",
     "fuse": "weightsmith.api",
     "load_recipe": "weightsmith.recipe.load",
     "merge": "weightsmith.api",
@@ -75,6 +77,7 @@ __all__ = [
     "bundle",
     "diff",
     "fold_model",
+    "extract",
     "fuse",
     "load_recipe",
     "merge",

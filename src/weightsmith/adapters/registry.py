@@ -15,7 +15,7 @@ from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import CheckpointError, did_you_mean, shown
 
 # The modules of weightsmith.adapters.kinds, in the order in which pages list them.
-_FAMILIES = ("low_rank",)
+_FAMILIES = ("low_rank", "extracted")
 
 
 @dataclass(frozen=True)
