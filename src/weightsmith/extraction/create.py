@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from weightsmith.adapters.codes import Quantizer
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.errors import RecipeError
-from weightsmith.extraction.compact import Quantizer
 from weightsmith.extraction.extraction import Extraction
 from weightsmith.extraction.recipe import Kind, Recipe, Scope
 from weightsmith.methods.matrices import Decomposition

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith import dtypes
+from weightsmith.adapters.codes import Quantization
 from weightsmith.bundle.identical import identical
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import tokenizer_files, write_companions
@@ -25,14 +26,7 @@ from weightsmith.engine.plan import MATRIX_MEMORY, Plan
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import MethodError, OutputError, PlanError, shown
-from weightsmith.extraction.compact import (
-    Quantization,
-    Quantized,
-    Shira,
-    Signs,
-    Sparse,
-    shares_over_model,
-)
+from weightsmith.extraction.compact import Quantized, Shira, Signs, Sparse, shares_over_model
 from weightsmith.extraction.difference import Difference, weights_of
 from weightsmith.extraction.lowrank import Factoring, LowRank, Spectra, has_zero_row
 from weightsmith.extraction.modules import Module, Modules

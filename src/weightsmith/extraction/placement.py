@@ -204,7 +204,7 @@ def base_of(reference: str) -> dict[str, str | None]:
         parsed = parse_reference(reference)
     except RecipeError:
         return {"base_model_name_or_path": reference, "revision": None}
-    if parsed.adapter is not None or parsed.task is not None:
+    if parsed.adapters or parsed.task is not None:
         return {"base_model_name_or_path": reference, "revision": None}
     return {"base_model_name_or_path": parsed.path, "revision": parsed.revision}
 

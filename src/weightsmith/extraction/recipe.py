@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
+from weightsmith.adapters.codes import QUANTIZERS, Quantizer
 from weightsmith.errors import MethodError, did_you_mean, shown
-from weightsmith.extraction.compact import QUANTIZERS, Quantizer
 from weightsmith.extraction.ranks import Ranks
 from weightsmith.methods.matrices import Decomposition
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from weightsmith.adapters.change import Added, Change
-from weightsmith.adapters.forms import form
-from weightsmith.adapters.layer import FLOAT64, Layer
-from weightsmith.adapters.registry import parameterization
-from weightsmith.adapters.settings import Setting
-from weightsmith.bundle.tiles import bytes_of_bits
-from weightsmith.checkpoint.tensor import Array
-from weightsmith.extraction.compact import (
+from weightsmith.adapters.codes import (
     CODES,
     PLACES,
     QUANTIZERS,
@@ -22,12 +16,18 @@ from weightsmith.extraction.compact import (
     Quantization,
     unpack_codes,
 )
+from weightsmith.adapters.forms import Form
+from weightsmith.adapters.layer import FLOAT64, Layer
+from weightsmith.adapters.registry import parameterization
+from weightsmith.adapters.settings import Setting
+from weightsmith.bundle.tiles import bytes_of_bits
+from weightsmith.checkpoint.tensor import Array
 
 
 @parameterization(
     "WEIGHTSMITH_SPARSE",
     "sparse change",
-    forms=(form("...", **{PLACES: "n", VALUES: "n"}),),
+    forms=(Form("...", {PLACES: "n", VALUES: "n"}),),
     places=(PLACES,),
     source="the entries of largest magnitude, as TIES and BitDelta's comparisons keep them; the layout is ours",
 )
@@ -58,7 +58,7 @@ def _check_signs(layer: Layer) -> None:
 @parameterization(
     "WEIGHTSMITH_SIGNS",
     "signs and a scale",
-    forms=(form("...", **{SIGNS: "n", SCALE: "1"}),),
+    forms=(Form("...", {SIGNS: "n", SCALE: "1"}),),
     places=(SIGNS,),
     check=_check_signs,
     source="Liu et al., BitDelta, NeurIPS 2024, arXiv:2402.10193; the layout is ours",
@@ -100,7 +100,7 @@ def _check_codes(layer: Layer) -> None:
 @parameterization(
     "WEIGHTSMITH_QUANTIZED",
     "quantised change",
-    forms=(form("...", **{CODES: "n", RANGE: "2"}),),
+    forms=(Form("...", {CODES: "n", RANGE: "2"}),),
     settings=(_BITS, _QUANTIZER),
     places=(CODES,),
     check=_check_codes,
