@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weightsmith.engine.arrays import merge_arrays
     from weightsmith.errors import WeightsmithError
     from weightsmith.extraction.create import extract
+    from weightsmith.initialization.create import initialize_adapter
     from weightsmith.methods.block import Block, Scope, Sweep
     from weightsmith.methods.registry import Param, PerModel, method
     from weightsmith.recipe.load import load_recipe
@@ -46,6 +47,7 @@ _HOMES = {
     "fold_model": "weightsmith.reparameterized.fold",
     "extract": "weightsmith.extraction.create",
     "fuse": "weightsmith.api",
+    "initialize_adapter": "weightsmith.initialization.create",
     "load_recipe": "weightsmith.recipe.load",
     "merge": "weightsmith.api",
     "merge_arrays": "weightsmith.engine.arrays",
@@ -79,6 +81,7 @@ __all__ = [
     "fold_model",
     "extract",
     "fuse",
+    "initialize_adapter",
     "load_recipe",
     "merge",
     "merge_arrays",

@@ -120,26 +120,16 @@ def command(
 
 
 def _show(found: Report, *, list_all: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     listed = found.matrices if list_all else found.matrices[:_LISTED]
-    table = Table(box=None, pad_edge=False, header_style="")
-    for title in ("matrix", "shape", "rank", "effective", "change lost", "of weight", "size", "time"):
-        table.add_column(title, justify="left" if title in ("matrix", "shape") else "right", overflow="fold")
+    click.echo(f"{'rank':>6} {'effective':>9} {'change lost':>11} {'of weight':>9} {'size':>8} {'time':>9}  matrix")
     for one in listed:
-        table.add_row(
-            Text(printable(one.name)),
-            "x".join(map(str, one.shape)),
-            "" if one.rank is None else str(one.rank),
-            "" if one.effective_rank is None else f"{one.effective_rank:.1f}",
-            _percent(one.error),
-            _percent(one.weight_error),
-            size(one.nbytes),
-            "" if one.seconds is None else f"{one.seconds:.2f} s",
+        rank = "" if one.rank is None else one.rank
+        effective = "" if one.effective_rank is None else f"{one.effective_rank:.1f}"
+        seconds = "" if one.seconds is None else f"{one.seconds:.2f} s"
+        click.echo(
+            f"{rank:>6} {effective:>9} {_percent(one.error):>11} {_percent(one.weight_error):>9} "
+            f"{size(one.nbytes):>8} {seconds:>9}  {printable(one.name)} {'x'.join(map(str, one.shape))}"
         )
-    Console().print(table)
     if len(listed) < len(found.matrices):
         click.echo(f"… and {len(found.matrices) - len(listed)} more (--all lists them)")
     if found.whole:

@@ -133,34 +133,18 @@ class LowRank(Part):
     def fields(self) -> list[Field]:
         """See :meth:`Part.fields`: A and B in PEFT's layout, and the magnitude."""
         rows, columns = self.layer.sides
-        stem, dtype, rank = f"{PREFIX}{self.layer.name}", self._factoring.dtype, self.rank
-        if self.layer.form == "embedding":
-            fields = [
-                Field(f"{stem}.lora_embedding_A", (rank, columns), dtype),
-                Field(f"{stem}.lora_embedding_B", (rows, rank), dtype),
-            ]
-            if self._tied is not None:
-                head = f"{PREFIX}{self._tied}"
-                fields += [
-                    Field(f"{head}.lora_A.weight", (rank, rows), dtype),
-                    Field(f"{head}.lora_B.weight", (columns, rank), dtype),
-                ]
-        elif self.layer.form == "convolution":
-            kernel = self.layer.shape[2:]
-            fields = [
-                Field(f"{stem}.lora_A.weight", (rank, *self.layer.shape[1:]), dtype),
-                Field(f"{stem}.lora_B.weight", (rows, rank, *(1 for _ in kernel)), dtype),
-            ]
-        else:
-            fields = [
-                Field(f"{stem}.lora_A.weight", (rank, columns), dtype),
-                Field(f"{stem}.lora_B.weight", (rows, rank), dtype),
+        fields = factor_fields(self.layer, self.rank, self._factoring.dtype)
+        if self._tied is not None:
+            head, dtype = f"{PREFIX}{self._tied}", self._factoring.dtype
+            fields += [
+                Field(f"{head}.lora_A.weight", (self.rank, rows), dtype),
+                Field(f"{head}.lora_B.weight", (columns, self.rank), dtype),
             ]
         if self._factoring.dora:
             kernel = self.layer.shape[2:]
             shape = (1, rows, *(1 for _ in kernel)) if self.layer.form == "convolution" else (rows,)
             # Rounded to 16 bits it would be off by more than most fine-tunes change a weight.
-            fields.append(Field(f"{stem}.lora_magnitude_vector", shape, _FLOAT32))
+            fields.append(Field(f"{PREFIX}{self.layer.name}.lora_magnitude_vector", shape, _FLOAT32))
         return fields
 
     def survey(self) -> tuple[Candidate, float]:
@@ -207,8 +191,7 @@ class LowRank(Part):
         return self._rounded("A", down), self._rounded("B", up)
 
     def _rounded(self, side: str, factor: Array) -> Array:
-        flat = np.ascontiguousarray(factor).reshape(-1)
-        return rounded(f"lora_{side} of {self.layer.name}", flat, self._factoring.dtype).reshape(factor.shape)
+        return rounded_factor(f"lora_{side} of {self.layer.name}", factor, self._factoring.dtype)
 
     def _with_magnitude(self, plain: tuple[Array, Array]) -> tuple[tuple[Array, ...], float]:
         """Return A, B and m, and the sum of squares of what they leave of the fine-tune's weights."""
@@ -249,6 +232,33 @@ class LowRank(Part):
             return found
 
         return magnitude, left_of(new, restored)
+
+
+def factor_fields(module: Module, rank: int, dtype: DType) -> list[Field]:
+    """Return A and B of a module as PEFT lays them out."""
+    rows, columns = module.sides
+    stem = f"{PREFIX}{module.name}"
+    if module.form == "embedding":
+        return [
+            Field(f"{stem}.lora_embedding_A", (rank, columns), dtype),
+            Field(f"{stem}.lora_embedding_B", (rows, rank), dtype),
+        ]
+    # Of a convolution A has its kernel, and B is a pointwise one.
+    kernel = module.shape[2:] if module.form == "convolution" else ()
+    inner = module.shape[1:] if module.form == "convolution" else (columns,)
+    return [
+        Field(f"{stem}.lora_A.weight", (rank, *inner), dtype),
+        Field(f"{stem}.lora_B.weight", (rows, rank, *(1 for _ in kernel)), dtype),
+    ]
+
+
+def rounded_factor(name: str, factor: Array, dtype: DType) -> Array:
+    """Round a factor to the dtype that it is kept in, in its shape.
+
+    Raises:
+        OutputError: if a value is beyond its range.
+    """
+    return rounded(name, np.ascontiguousarray(factor).reshape(-1), dtype).reshape(factor.shape)
 
 
 def _gains(old: Array, new: Array) -> Array:

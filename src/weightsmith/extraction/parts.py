@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
 from weightsmith.extraction.difference import FLOAT64, Difference, Sums
-from weightsmith.extraction.room import Ahead, Room
+from weightsmith.extraction.room import Ahead, Maker, Room
 
 PREFIX = "base_model.model."
 # Elements of a stretch of rows that is held in float64 beside a matrix.
@@ -129,19 +129,27 @@ class Part(ABC):
 
 
 class Made(Tensor):
-    """One of the tensors of a part."""
+    """One of several arrays that are made at once."""
 
-    def __init__(self, field: Field, which: int, part: Part, ahead: Ahead) -> None:
+    def __init__(self, field: Field, which: int, maker: Maker, ahead: Ahead) -> None:
+        """Name an array.
+
+        Args:
+            field: its name, shape and dtype.
+            which: its place among those that are made.
+            maker: makes them, flat and in the dtypes of their fields.
+            ahead: has them made.
+        """
         self.name = field.name
         self.shape = field.shape
         self.dtype = field.dtype
         self._which = which
-        self._part = part
+        self._maker = maker
         self._ahead = ahead
 
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`."""
-        return self._ahead.get(self._part)[self._which][start:stop]
+        return self._ahead.get(self._maker)[self._which][start:stop]
 
 
 def left_of(matrix: Array, restored: Callable[[int, int], Array]) -> float:

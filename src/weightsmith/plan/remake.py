@@ -13,6 +13,7 @@ _MAKERS = {
     "bundle": "weightsmith.bundle.create",
     "reparameterized": "weightsmith.reparameterized.recipe",
     "extract": "weightsmith.extraction.create",
+    "initialize": "weightsmith.initialization.create",
 }
 
 

@@ -1,0 +1,430 @@
+"""An adapter to begin a training with, and the base that belongs to it, neither written yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from weightsmith import dtypes
+from weightsmith.adapters.change import Change, LowRank
+from weightsmith.adapters.fold import FoldedTensor, Term
+from weightsmith.architecture.stacks import analyse
+from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.companions import write_companions
+from weightsmith.checkpoint.layout import Part as FilePart
+from weightsmith.checkpoint.tensor import Array, Tensor
+from weightsmith.dtypes import DType
+from weightsmith.engine.executor import Summary
+from weightsmith.engine.plan import MATRIX_MEMORY, Plan
+from weightsmith.engine.threads import ThreadMapper, default_threads
+from weightsmith.errors import MethodError, OutputError, PlanError, did_you_mean, shown
+from weightsmith.extraction.lowrank import factor_fields, rounded_factor
+from weightsmith.extraction.modules import Module, Modules
+from weightsmith.extraction.parts import Made
+from weightsmith.extraction.placement import base_of, config_text, most_common, patterns, target_names, task_type
+from weightsmith.extraction.room import Ahead, Room
+from weightsmith.initialization.methods import METHODS, Given, explained
+from weightsmith.initialization.statistics import Activations
+from weightsmith.kernels.convert import widen
+from weightsmith.methods.matrices import Decomposition, leading_work
+from weightsmith.plan.output import Output
+
+_FLOAT64 = np.dtype(np.float64)
+_ONE_FILE = 1 << 62
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a training begins.
+
+    Attributes:
+        base: the base's reference.
+        method: ``kaiming``, ``pissa``, ``milora``, ``olora``, ``eva`` or ``corda``.
+        rank: the rank.
+        alpha: lora_alpha; the rank by default, so that the scale is 1.
+        targets: patterns of the names of modules, or their last parts; by default all linear layers within layers.
+        activations: the reference of a file of activations, or None.
+        rho: of ``eva``, how much larger than the rank one layer's may become; 1 leaves all the same.
+        smallest: of ``corda``, whether the smallest values are taken (``kpm``) and not the largest (``ipm``).
+        decomposition: ``exact`` or ``randomized``.
+        seed: of random numbers.
+        dtype: the dtype of the factors.
+        residual_dtype: the dtype of the base that belongs to it, where its own is not to be kept.
+        trained_on: how the adapter's config names the base that it is trained on, where that is another.
+        residual: whether this is that base rather than the adapter.
+    """
+
+    base: str
+    method: str
+    rank: int
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+    activations: str | None = None
+    rho: float = 1.0
+    smallest: bool = False
+    decomposition: Decomposition = "exact"
+    seed: int = 0
+    dtype: str = "float32"
+    residual_dtype: str | None = None
+    trained_on: str | None = None
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            near = did_you_mean(self.method, METHODS) if isinstance(self.method, str) else ""
+            raise MethodError(f"there is no method {shown(self.method)}{near}; there are {', '.join(METHODS)}")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise MethodError(f"rank is {shown(self.rank)}; a whole number from 1 is needed")
+        for name in ("alpha", "rho"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < 1e18):
+                raise MethodError(f"{name} is {shown(value)}; a number above 0 is needed")
+        if self.rho < 1 or (self.rho != 1 and self.method != "eva"):
+            raise MethodError(f"rho is {shown(self.rho)}; it shares ranks out for eva, and is 1 or more")
+        if self.smallest and self.method != "corda":
+            raise MethodError("the smallest singular values are a choice of corda; milora takes them always")
+        if self.activations is not None and not METHODS[self.method].data:
+            raise MethodError(f"{self.method} uses no activations; eva and corda do")
+        if self.decomposition not in ("exact", "randomized"):
+            raise MethodError(f"decomposition is {shown(self.decomposition)}; exact or randomized is needed")
+        if self.decomposition == "randomized" and (self.method not in ("pissa", "eva") or self.activations is not None):
+            raise MethodError("the randomised decomposition is for pissa, and for eva without activations")
+        for dtype in (self.dtype, self.residual_dtype):
+            if dtype is not None and dtypes.float_from_name(dtype).itemsize < 2:
+                raise MethodError(f"{dtype} is too coarse for weights to train; use float32, bfloat16 or float16")
+
+    def to_yaml(self) -> str:
+        """Return it as YAML, as a manifest keeps it."""
+        content = {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return yaml.safe_dump({"initialize": content}, sort_keys=False, allow_unicode=True)
+
+
+class Start:
+    """The factors of one layer."""
+
+    def __init__(
+        self, tensor: Tensor, module: Module, recipe: Recipe, rank: int, activations: Activations | None, room: Room
+    ) -> None:
+        """Stand for a layer.
+
+        Args:
+            tensor: its weight.
+            module: its module.
+            recipe: how the training begins.
+            rank: its rank.
+            activations: what is known of its inputs.
+            room: where matrices are worked on.
+        """
+        self.tensor = tensor
+        self.module = module
+        self.rank = rank
+        self.scale = (recipe.alpha if recipe.alpha is not None else recipe.rank) / recipe.rank
+        self.dtype: DType = dtypes.float_from_name(recipe.dtype)
+        self._recipe = recipe
+        self._activations = activations
+        self._room = room
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are held while the factors are made, at most."""
+        rows, columns = self.module.sides
+        item = self.working.itemsize
+        inputs = 4 * columns * columns * _FLOAT64.itemsize if self._activations is not None else 0
+        work = leading_work(rows, columns, self.rank, self._recipe.decomposition, item).elements * item
+        return 4 * self.tensor.size * _FLOAT64.itemsize + work + inputs
+
+    @property
+    def working(self) -> DType:
+        """The dtype of the arithmetic."""
+        return dtypes.working_dtype([self.tensor.dtype])
+
+    def weight(self) -> Array:
+        """Return the weight as the layer uses it: ``[out, in]``.
+
+        Raises:
+            PlanError: if it is not finite.
+        """
+        flat = widen(self.tensor.read(0, self.tensor.size), self.working)
+        if not np.isfinite(flat).all():
+            raise PlanError(f"{self.tensor.name} has values that are NaN or infinite; leave the layer out (--target)")
+        return self.module.oriented(flat)
+
+    def make(self) -> tuple[Array, ...]:
+        """Return A and B, flat and in their dtype."""
+        with self._room.take(self.memory):
+            method, data = METHODS[self._recipe.method], self._activations
+            given = Given(
+                self.module.name,
+                self.rank,
+                self.scale,
+                self._recipe.seed,
+                self._recipe.decomposition,
+                data.components(self.module.name, self.rank) if data and method.data == "components" else None,
+                data.covariance(self.module.name) if data and method.data == "covariance" else None,
+                self._recipe.smallest,
+            )
+            down, up = method.function(self.weight(), given)
+        # Fewer directions than the rank asks for leave rows of zeros.
+        down = np.pad(down, ((0, self.rank - len(down)), (0, 0)))
+        return tuple(
+            rounded_factor(f"lora_{side} of {self.module.name}", factor, self.dtype).reshape(-1)
+            for side, factor in (("A", down), ("B", up))
+        )
+
+    def change(self, ahead: Ahead) -> Change:
+        """Return ``s B A`` of the factors as they are written."""
+        rows, columns = self.module.sides
+        down, up = (widen(array, _FLOAT64) for array in ahead.get(self))
+        return LowRank(up.reshape(rows, self.rank) * self.scale, down.reshape(self.rank, columns))
+
+
+class _Starting(Output):
+    """What the adapter and its base share."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Checkpoint,
+        activations: Checkpoint | None,
+        threads: int | None,
+    ) -> None:
+        if base.is_adapter:
+            raise PlanError(f"{base.name} is an adapter, and cannot be a base")
+        if base.components:
+            raise PlanError(f"{base.name} is a pipeline of several models; name one: {base.name}/{base.components[0]}")
+        if base.config.get("quantization_config"):
+            raise PlanError(f"{base.name} is quantised: its tensors are codes, and have no singular vectors")
+        self.recipe = recipe
+        self.base = base
+        self.threads = threads or default_threads()
+        self.room = Room(MATRIX_MEMORY)
+        self.ahead = Ahead()
+        self._activations = None if activations is None else Activations(activations)
+        self._modules = Modules(base, base.config)
+        self.starts = self._make_starts()
+
+    def _make_starts(self) -> list[Start]:
+        modules = self._chosen()
+        ranks = {module.name: min(self.recipe.rank, *module.sides) for module in modules}
+        if self._activations is not None:
+            for module in modules:
+                self._activations.check(module.name, module.sides[1])
+        starts = [self._start(module, ranks[module.name]) for module in modules]
+        if self.recipe.rho > 1:
+            with ThreadMapper(self.threads, matrices=True) as mapper:
+                shares = list(mapper(self._explained, starts))
+            shared = shared_out(shares, self.recipe.rank)
+            starts = [self._start(one.module, rank) for one, rank in zip(starts, shared, strict=True) if rank]
+        return starts
+
+    def _start(self, module: Module, rank: int) -> Start:
+        tensor = self.base[f"{module.name}.weight"]
+        return Start(tensor, module, self.recipe, rank, self._activations, self.room)
+
+    def _explained(self, start: Start) -> Sequence[float]:
+        """Return the shares of variance of as many directions as a layer may get."""
+        most = min(round(self.recipe.rank * self.recipe.rho), *start.module.sides)
+        with self.room.take(start.memory):
+            if self._activations is not None:
+                found = self._activations.components(start.module.name, most).ratios
+            else:
+                found = explained(start.weight(), most)
+        return [float(share) for share in found]
+
+    def _chosen(self) -> list[Module]:
+        layers = analyse(self.base, self.base.config)
+        found = []
+        for name in self.base:
+            module = self._modules.find(name)
+            if module is None or module.form not in ("linear", "transposed"):
+                continue
+            if self.recipe.targets:
+                last = module.name.rpartition(".")[2]
+                if not any(
+                    pattern == last or fnmatch.fnmatchcase(module.name, pattern) for pattern in self.recipe.targets
+                ):
+                    continue
+            elif layers.locate(name) is None:
+                continue
+            found.append(module)
+        if not found:
+            targets = f"fits {', '.join(self.recipe.targets)}" if self.recipe.targets else "lies within layers"
+            raise PlanError(f"{self.base.name} has no linear layer that {targets}")
+        return found
+
+    def to_yaml(self) -> str:
+        """See :meth:`Output.to_yaml`."""
+        return self.recipe.to_yaml()
+
+    def save(self, target: str | os.PathLike[str], **options: Any) -> Summary:
+        """See :meth:`Output.save`."""
+        threads = options.get("threads") or self.threads
+        if options.get("memory") is not None:
+            self.room.limit = options["memory"]
+        with ThreadMapper(1, matrices=True), self.ahead.working(self.starts, threads):
+            return super().save(target, **options)
+
+
+class StartingAdapter(_Starting):
+    """An adapter to begin a training with.
+
+    Attributes:
+        recipe: how it begins.
+        starts: its layers.
+    """
+
+    def __init__(
+        self, recipe: Recipe, base: Checkpoint, activations: Checkpoint | None = None, *, threads: int | None = None
+    ) -> None:
+        """Decide what it holds; ranks are shared out by what directions explain, if they are.
+
+        Args:
+            recipe: how it begins.
+            base: the base.
+            activations: the file of activations that the recipe names.
+            threads: how many threads to use.
+
+        Raises:
+            PlanError: if the base has no such layers.
+            CheckpointError: if the activations do not fit them.
+        """
+        super().__init__(recipe, base, activations, threads)
+        tensors = {
+            field.name: Made(field, which, start, self.ahead)
+            for start in self.starts
+            for which, field in enumerate(factor_fields(start.module, start.rank, start.dtype))
+        }
+        inputs = [base] if activations is None else [base, activations]
+        Output.__init__(
+            self,
+            f"{recipe.method} on {base.name}",
+            tensors,
+            inputs=inputs,
+            written={},
+            companions=Companions(self._adapter_config()),
+        )
+        self.is_adapter = True
+
+    def parts(self) -> list[FilePart]:
+        """See :meth:`Output.parts`."""
+        return [FilePart("", "adapter_model")]
+
+    def save(self, target: str | os.PathLike[str], **options: Any) -> Summary:
+        """Compute the factors and write them; see :meth:`Output.save`. There is one file, as PEFT reads it."""
+        if os.fspath(target).endswith(".safetensors"):
+            raise OutputError(f"{target}: an adapter is a folder; choose a name that does not end in .safetensors")
+        return super().save(target, **{**options, "shard_size": _ONE_FILE})
+
+    def write_beside(self, folder: Path, plan: Plan) -> list[str]:
+        """See :meth:`Output.write_beside`: the adapter's config."""
+        (folder / "adapter_config.json").write_text(config_text(self.config), "utf-8")
+        return []
+
+    def residual(self) -> StartingBase:
+        """Return the base that belongs to the adapter.
+
+        Raises:
+            MethodError: if the method leaves the base as it is.
+        """
+        return StartingBase(self)
+
+    def _adapter_config(self) -> dict[str, Any]:
+        recipe = self.recipe
+        ranks = {start.module.name: start.rank for start in self.starts}
+        common = recipe.rank if recipe.rank in ranks.values() else most_common(ranks.values())
+        # The scale is the same for all, so alpha differs where the rank does.
+        scale = self.starts[0].scale
+        differing = patterns(ranks, common)
+        trained_on = recipe.trained_on or (None if METHODS[recipe.method].takes_part else recipe.base)
+        base = {} if trained_on is None else base_of(trained_on)
+        return {
+            "peft_type": "LORA",
+            **base,
+            "task_type": task_type(self.base.config),
+            "inference_mode": False,
+            "r": common,
+            "lora_alpha": _whole(scale * common),
+            "rank_pattern": differing,
+            "alpha_pattern": {name: _whole(scale * rank) for name, rank in differing.items()},
+            "target_modules": target_names(ranks, self._modules.paths),
+            "fan_in_fan_out": any(start.module.form == "transposed" for start in self.starts),
+            "bias": "none",
+            "lora_dropout": 0.0,
+            # The factors are here: PEFT is not to make others, nor to change the base, when it loads them.
+            "init_lora_weights": True,
+            "use_dora": False,
+            "use_rslora": False,
+        }
+
+
+class StartingBase(_Starting):
+    """The rest of a base, without the part that the adapter begins with: ``W - s B A``, in the base's dtype."""
+
+    def __init__(self, adapter: StartingAdapter) -> None:
+        """Take what an adapter begins with out of its base.
+
+        Args:
+            adapter: the adapter.
+
+        Raises:
+            MethodError: if its method leaves the base as it is.
+        """
+        recipe = adapter.recipe
+        if not METHODS[recipe.method].takes_part:
+            raise MethodError(f"{recipe.method} begins with a change of zero: the base stays as it is")
+        self.recipe = dataclasses.replace(recipe, residual=True)
+        self.starts = adapter.starts
+        self.ahead = adapter.ahead
+        self.room = adapter.room
+        self.threads = adapter.threads
+        base = adapter.base
+        tensors: dict[str, Tensor] = dict(base)
+        for start in self.starts:
+            term = Term(-1.0, partial(start.change, self.ahead))
+            tensors[start.tensor.name] = FoldedTensor(start.tensor, [term], transposed=start.module.stored_transposed)
+        dtype = dtypes.float_from_name(recipe.residual_dtype) if recipe.residual_dtype else None
+        written = {} if dtype is None else {name: dtype for name, one in base.items() if dtypes.is_float(one.dtype)}
+        name = f"{base.name} without {recipe.method}"
+        Output.__init__(self, name, tensors, inputs=[base], written=written, companions=base.companions)
+
+    def parts(self) -> list[FilePart]:
+        """See :meth:`Output.parts`."""
+        return [FilePart()]
+
+    def write_beside(self, folder: Path, plan: Plan) -> list[str]:
+        """See :meth:`Output.write_beside`: config and files of the base."""
+        return write_companions(folder, self.config, self.companions.files)
+
+
+def shared_out(shares: Sequence[Sequence[float]], rank: int) -> list[int]:
+    """Return ranks of layers by what their directions explain: as many in all as if each had the same.
+
+    All shares of all layers are put in one order, and the first ``rank`` times the number of layers are taken; a
+    layer's rank is how many of these are its own. As in PEFT's EVA.
+
+    Args:
+        shares: of each layer, the shares of variance of its directions, falling.
+        rank: the rank that each would have.
+    """
+    order = sorted((-share, layer, place) for layer, own in enumerate(shares) for place, share in enumerate(own))
+    ranks = [0] * len(shares)
+    for _, layer, _ in order[: rank * len(shares)]:
+        ranks[layer] += 1
+    return ranks
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value
