@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from weightsmith.adapters.change import Change, LowRank, Rows
+from weightsmith.adapters.change import Change, LowRank, Rows, Whole
 from weightsmith.adapters.forms import form
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
@@ -55,7 +55,13 @@ def _check(layer: Layer) -> None:
             optional={MAGNITUDE: "1 out 1 1", "lora_B.bias": "out"},
         ),
         form("out in k", lora_A="r in k", lora_B="out r 1", optional={MAGNITUDE: "1 out 1"}),
-        form("v d", lora_embedding_A="r v", lora_embedding_B="d r"),
+        form(
+            "out in d h w",
+            lora_A="r in d h w",
+            lora_B="out r 1 1 1",
+            optional={MAGNITUDE: "1 out 1 1 1", "lora_B.bias": "out"},
+        ),
+        form("v d", lora_embedding_A="r v", lora_embedding_B="d r", optional={MAGNITUDE: "d"}),
     ),
     settings=(
         RANK,
@@ -77,15 +83,28 @@ def lora(layer: Layer) -> Change:
 
     With ``use_dora`` each row is brought to a trained norm: ``m (W + s B A) / ||W + s B A||``, the norm over a row,
     that is over all inputs of an output. Of convolutions A is a kernel and B a pointwise one; of embeddings the factors
-    are stored transposed.
+    are stored transposed, and the norm is over a column: over all tokens.
     """
     if "lora_embedding_A" in layer:
         down, up = layer.array("lora_embedding_A"), layer.array("lora_embedding_B")
-        return LowRank(np.ascontiguousarray(down.T) * scale(layer, len(down)), np.ascontiguousarray(up.T))
+        table = LowRank(np.ascontiguousarray(down.T) * scale(layer, len(down)), np.ascontiguousarray(up.T))
+        return _with_column_norms(table, layer.array(MAGNITUDE)) if MAGNITUDE in layer else table
     down, up = layer.array("lora_A"), layer.array("lora_B")
     rank = len(down)
     product = LowRank(up.reshape(-1, rank) * scale(layer, rank), down.reshape(rank, -1))
     return with_norms(product, layer.array(MAGNITUDE).reshape(-1)) if MAGNITUDE in layer else product
+
+
+def _with_column_norms(product: LowRank, magnitude: Array) -> Change:
+    """Return a product that is added, after which every column is brought to a norm: ``[columns]``."""
+
+    def whole(base: Array) -> Array:
+        changed = product.rows(base, 0)
+        norms = np.sqrt(np.einsum("ij,ij->j", changed, changed))
+        changed *= np.divide(magnitude, norms, out=np.ones(len(norms)), where=norms > 0)
+        return changed
+
+    return Whole(whole, [product.left, product.right, magnitude])
 
 
 def with_norms(product: LowRank, magnitude: Array) -> Change:
