@@ -257,6 +257,9 @@ class _Folding:
         weight = self._source(self._target(adapter, f"{module}.weight"))
         if len(weight.shape) != 2:
             return None
+        if any("embedding" in part for part in adapter.modules[module]):
+            # Embeddings are stored one way, whatever the config says of layers.
+            return False
         straight, turned = (adapter.fits(module, Weight(weight, transposed=side)) for side in (False, True))
         return None if straight == turned else turned
 
