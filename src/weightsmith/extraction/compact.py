@@ -215,8 +215,8 @@ def _border(counts: Array | int, count: int) -> tuple[int, int]:
 
 def _bits(one: Difference) -> Iterator[Array]:
     """Yield the bits of the magnitudes of a change, a tile at a time: int64."""
-    for _, base, tuned in one.tiles():
-        yield np.abs((tuned - base).astype(_FLOAT32)).view(np.uint32).astype(_INT64)
+    for _, _, _, change in one.tiles():
+        yield np.abs(change.astype(_FLOAT32)).view(np.uint32).astype(_INT64)
 
 
 def _starts(change: Array) -> range:

@@ -14,6 +14,7 @@ from weightsmith.bundle.tiles import TILE, tile_starts
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
 from weightsmith.errors import CheckpointError
+from weightsmith.kernels.change import finite_change
 from weightsmith.kernels.convert import widen
 
 FLOAT64 = np.dtype(np.float64)
@@ -48,45 +49,40 @@ class Difference:
         """The dtype of the arithmetic: float64 where one of the two is, else float32."""
         return dtypes.working_dtype([self.base.dtype, self.tuned.dtype])
 
-    def pair(self, start: int, stop: int) -> tuple[Array, Array]:
-        """Return elements ``start`` to ``stop`` of the base and of the fine-tune: ``[n]`` each, in ``working``.
+    def read(self, start: int, stop: int) -> tuple[Array, Array, Array]:
+        """Return elements ``start`` to ``stop`` of base, fine-tune and change: ``[n]`` each, in ``working``.
 
         Raises:
             CheckpointError: if there are values that are NaN or infinite, or a change is beyond float32.
         """
         base = widen(self.base.read(start, stop), self.working)
         tuned = widen(self.tuned.read(start, stop), self.working)
-        with np.errstate(all="ignore"):
-            change = tuned - base
-            # A sum is the cheapest test, and says nothing where it overflows.
-            if not np.isfinite(change.sum()) and not np.isfinite(change).all():
-                whose = "the base" if not np.isfinite(base).all() else "the fine-tune"
-                count = np.count_nonzero(~np.isfinite(base if whose == "the base" else tuned))
-                what = f"{count:,} values that are NaN or infinite" if count else "a change that is beyond float32"
-                raise CheckpointError(
-                    f"{self.name} of {whose} has {what}, of which no adapter can be made; mend the model, or leave the "
-                    f"tensor as it is in the base (--exclude '{self.name}')"
-                )
-        return base, tuned
+        return base, tuned, finite_change(tuned, base, self._refusal)
 
-    def tiles(self) -> Iterator[tuple[int, Array, Array]]:
-        """Yield the first element of every tile, and the tile of the base and of the fine-tune."""
+    def tiles(self) -> Iterator[tuple[int, Array, Array, Array]]:
+        """Yield the first element of every tile, and the tile of base, fine-tune and change."""
         for start in tile_starts(self.size):
-            yield start, *self.pair(start, min(start + TILE, self.size))
+            yield start, *self.read(start, min(start + TILE, self.size))
 
     def matrix(self) -> tuple[Array, Sums]:
         """Return the whole change, flat, in the dtype of the arithmetic; and sums over it."""
         change = np.empty(self.size, self.working)
         sums = []
-        for start, base, tuned in self.tiles():
-            stop = start + len(tuned)
-            np.subtract(tuned, base, out=change[start:stop])
-            sums.append((_squares(change[start:stop]), _squares(tuned)))
+        for start, _, tuned, tile in self.tiles():
+            change[start : start + len(tile)] = tile
+            sums.append((_squares(tile), _squares(tuned)))
         return change, _total(sums)
 
     def sums(self) -> Sums:
         """Return sums over the change."""
-        return _total([(_squares(tuned - base), _squares(tuned)) for _, base, tuned in self.tiles()])
+        return _total([(_squares(change), _squares(tuned)) for _, _, tuned, change in self.tiles()])
+
+    def _refusal(self, by_base: bool, what: str) -> CheckpointError:
+        whose = "the base" if by_base else "the fine-tune"
+        return CheckpointError(
+            f"{self.name} of {whose} has {what}, of which no adapter can be made; mend the model, or leave the tensor "
+            f"as it is in the base (--exclude '{self.name}')"
+        )
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,10 @@ class Extraction(Output):
         _check(finetuned, base)
         self.recipe = recipe
         self.parts_of: list[Part] = []
-        self._room = Room(MATRIX_MEMORY if memory is None else max(memory - _RESIDENT, 1))
         self._memory = memory
         self._ahead = Ahead()
         self._threads = threads or default_threads()
+        self._room = Room(MATRIX_MEMORY if memory is None else max(memory - _RESIDENT, 1), self._threads)
         self._listener = progress or Silent()
         self._finetuned = finetuned
         self._base = base
@@ -157,7 +157,7 @@ class Extraction(Output):
                 f"{target}: an adapter is a folder, with its config beside the weights; choose a name that does not "
                 "end in .safetensors"
             )
-        threads = options.get("threads") or self._threads
+        self._room.most = threads = options.get("threads") or self._threads
         if options.get("memory") is not None:
             self._room.limit = max(options["memory"] - _RESIDENT, 1)
             self._check_memory(options["memory"])
@@ -512,7 +512,7 @@ def _same(own: Tensor, other: Tensor) -> bool:
         return identical(own, other)
     if not dtypes.is_float(own.dtype) or not dtypes.is_float(other.dtype):
         return False
-    return not any((base != tuned).any() for _, base, tuned in Difference(own.name, other, own).tiles())
+    return not any(change.any() for _, _, _, change in Difference(own.name, other, own).tiles())
 
 
 def _pattern(text: str) -> tuple[re.Pattern[str], str]:

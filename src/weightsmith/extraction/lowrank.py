@@ -149,7 +149,7 @@ class LowRank(Part):
 
     def survey(self) -> tuple[Candidate, float]:
         """Return what the choice of its rank depends on, and the sum of squares of the fine-tune's weights."""
-        with self._room.take(self.memory):
+        with self._room.take(self.memory), self._timed():
             change, sums = self.difference.matrix()
             matrix = self.layer.oriented(change)
             found = self._spectrum(matrix)
@@ -196,7 +196,7 @@ class LowRank(Part):
     def _with_magnitude(self, plain: tuple[Array, Array]) -> tuple[tuple[Array, ...], float]:
         """Return A, B and m, and the sum of squares of what they leave of the fine-tune's weights."""
         pair = np.empty((2, self.difference.size), self.difference.working)
-        for start, base, tuned in self.difference.tiles():
+        for start, base, tuned, _ in self.difference.tiles():
             pair[0, start : start + len(base)], pair[1, start : start + len(base)] = base, tuned
         old, new = self.layer.oriented(pair[0]), self.layer.oriented(pair[1])
         gains = _gains(old, new)

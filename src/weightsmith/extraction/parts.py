@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from weightsmith.checkpoint.tensor import Array, Tensor
@@ -26,7 +27,7 @@ class Facts:
         sums: of the change that it stands for.
         error: the sum of squares of what is left of the change, by the arrays as they are written.
         effective_rank: of the change, where all its singular values were computed.
-        seconds: how long it took to read and make it.
+        seconds: how long it took to read and make it, and before that to choose its rank.
     """
 
     sums: Sums
@@ -70,6 +71,7 @@ class Part(ABC):
         self.difference = difference
         self.facts: Facts | None = None
         self._room = room
+        self._seconds = 0.0
 
     @property
     def name(self) -> str:
@@ -114,11 +116,18 @@ class Part(ABC):
     def make(self) -> tuple[Array, ...]:
         """Return the arrays, and note the facts."""
         with self._room.take(self.memory):
-            started = time.monotonic()
-            change, sums = self.difference.matrix()
-            arrays, error, effective = self.compute(change)
-            self.facts = Facts(sums, error, effective, time.monotonic() - started)
+            with self._timed():
+                change, sums = self.difference.matrix()
+                arrays, error, effective = self.compute(change)
+            self.facts = Facts(sums, error, effective, self._seconds)
         return arrays
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the time that is spent on it."""
+        started = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - started
 
     def known_facts(self) -> Facts:
         """Return the facts; the part is made where it was not, as after an earlier run that wrote it."""

@@ -13,11 +13,20 @@ from weightsmith.checkpoint.tensor import Array
 
 
 class Room:
-    """Bytes that matrices may take which are worked on at the same time; one is always let in."""
+    """Bytes that matrices may take which are worked on at the same time, and how many these may be.
 
-    def __init__(self, limit: int) -> None:
-        """Allow so many bytes."""
+    One is always let in.
+
+    Attributes:
+        limit: how many bytes.
+        most: how many matrices.
+    """
+
+    def __init__(self, limit: int, most: int) -> None:
+        """Allow so many bytes, and so many matrices."""
         self.limit = limit
+        self.most = most
+        self._inside = 0
         self._taken = 0
         self._changed = threading.Condition()
 
@@ -25,12 +34,16 @@ class Room:
     def take(self, nbytes: int) -> Iterator[None]:
         """Wait until there is room, and hold it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._taken == 0 or self._taken + nbytes <= self.limit)
+            self._changed.wait_for(
+                lambda: not self._inside or (self._inside < self.most and self._taken + nbytes <= self.limit)
+            )
+            self._inside += 1
             self._taken += nbytes
         try:
             yield
         finally:
             with self._changed:
+                self._inside -= 1
                 self._taken -= nbytes
                 self._changed.notify_all()
 

@@ -210,7 +210,7 @@ class _Starting(Output):
         self.recipe = recipe
         self.base = base
         self.threads = threads or default_threads()
-        self.room = Room(MATRIX_MEMORY)
+        self.room = Room(MATRIX_MEMORY, self.threads)
         self.ahead = Ahead()
         self._activations = None if activations is None else Activations(activations)
         self._modules = Modules(base, base.config)
@@ -271,7 +271,7 @@ class _Starting(Output):
 
     def save(self, target: str | os.PathLike[str], **options: Any) -> Summary:
         """See :meth:`Output.save`."""
-        threads = options.get("threads") or self.threads
+        self.room.most = threads = options.get("threads") or self.threads
         if options.get("memory") is not None:
             self.room.limit = options["memory"]
         with ThreadMapper(1, matrices=True), self.ahead.working(self.starts, threads):

@@ -16,7 +16,7 @@ from weightsmith.adapters.codes import (
     Quantization,
     unpack_codes,
 )
-from weightsmith.adapters.forms import Form
+from weightsmith.adapters.forms import Form, form
 from weightsmith.adapters.layer import FLOAT64, Layer
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
@@ -36,16 +36,41 @@ def sparse(layer: Layer) -> Change:
 
     ``weightsmith_places`` holds their flat positions in the weight, rising; ``weightsmith_values`` what is added.
     """
-    size = layer.rows * layer.columns
-    places, values = layer.integers(PLACES, size), layer.array(VALUES)
+    places, values = layer.integers(PLACES, layer.rows * layer.columns), layer.array(VALUES)
     if (np.diff(places) <= 0).any():
         raise layer.error(f"{PLACES} must rise, so that no entry is there twice")
+    return _scattered(places, values, layer.columns)
+
+
+@parameterization(
+    "SHIRA",
+    "SHiRA",
+    forms=(form("out in", shira_indices="2 n", shira_weight="n"),),
+    places=("shira_indices",),
+    source="Bhardwaj et al., Sparse High Rank Adapters, NeurIPS 2024, arXiv:2406.13175",
+)
+def shira(layer: Layer) -> Change:
+    """SHiRA: single entries are added to.
+
+    ``shira_indices`` holds the row and the column of each, ``shira_weight`` what is added; of one that is there several
+    times, the sum.
+    """
     columns = layer.columns
+    rows_of, columns_of = layer.integers("shira_indices", max(layer.rows, columns))
+    if rows_of.max() >= layer.rows or columns_of.max() >= columns:
+        raise layer.error(f"shira_indices holds places outside of a weight {list(layer.shape)}")
+    places = rows_of * columns + columns_of
+    order = np.argsort(places, kind="stable")
+    return _scattered(places[order], layer.array("shira_weight")[order], columns)
+
+
+def _scattered(places: Array, values: Array, columns: int) -> Change:
+    """Return values that are added at places that do not fall."""
 
     def delta(start: int, stop: int) -> Array:
         first, last = np.searchsorted(places, (start * columns, stop * columns))
         found = np.zeros((stop - start) * columns)
-        found[places[first:last] - start * columns] = values[first:last]
+        np.add.at(found, places[first:last] - start * columns, values[first:last])
         return found.reshape(stop - start, columns)
 
     return Added(delta, [places, values])
