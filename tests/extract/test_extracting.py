@@ -379,6 +379,38 @@ def test_what_the_base_lacks_is_kept_whole(models, write_model):
     assert adapter.config["task_type"] == "SEQ_CLS"
 
 
+def test_names_that_a_heads_wrapper_adds_are_seen_through(models, write_model):
+    wrapped = {f"outer.{name}": values for name, values in models[3].items()}
+    bare = {name.partition(".")[2]: values for name, values in models[2].items() if name != "lm_head.weight"}
+    report = ws.extract(write_model("wrapped", wrapped), models[0], rank=2, threads=1).report()
+    assert len(report.matrices) == 6
+    assert report.error == pytest.approx(extract(models, rank=2).report().error, rel=1e-9)
+    found = ws.extract(models[1], write_model("bare", bare), rank=2, threads=1)
+    assert len(found.report().matrices) == 5
+    assert "lm_head.weight" in found.report().whole
+    back = ws.extract(write_model("b", bare), write_model("c", {**models[3]}), rank=2, threads=1)
+    assert len(back.report().matrices) == 5
+    assert not back.warnings
+    with pytest.raises(PlanError, match="no tensor of the same name"):
+        ws.extract(write_model("other", {"x.y.weight": np.ones((2, 2), "f4")}), models[0], rank=1)
+
+
+def test_a_head_of_its_own_is_a_change_of_the_embeddings_it_was_tied_to(models, write_model):
+    tied = {name: values for name, values in models[2].items() if name != "lm_head.weight"}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    base = write_model("tied", tied, config)
+    adapter = ws.extract(models[1], base, energy=1.0, threads=1)
+    change = models[3]["lm_head.weight"].astype(np.float64) - models[2]["model.embed_tokens.weight"]
+    np.testing.assert_allclose(restored(adapter, "lm_head.weight"), change, atol=1e-5)
+    assert "ensure_weight_tying" not in adapter.config
+
+
+def test_what_the_base_keeps_is_told(models, write_model):
+    fewer = {name: values for name, values in models[3].items() if ".layers.1." not in name}
+    (warning,) = ws.extract(write_model("fewer", fewer), models[0], rank=1, threads=1).warnings
+    assert "the base has 3 tensors that the fine-tune lacks" in warning
+
+
 def test_matrices_an_earlier_run_wrote_are_reported_too(models, tmp_path):
     whole = extract(models, rank=2)
     whole.save(tmp_path / "whole")

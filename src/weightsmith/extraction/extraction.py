@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.adapters.codes import Quantization
+from weightsmith.architecture.config import is_head, tied_embeddings, tied_source
 from weightsmith.bundle.identical import identical
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import tokenizer_files, write_companions
@@ -123,6 +125,7 @@ class Extraction(Output):
             self._unchanged = len(finetuned) - len(changed)
             if not changed:
                 raise PlanError(f"{finetuned.name} is {base.name}, to the bit: there is nothing to extract")
+            notes += self._missing()
             notes += self._sort(changed, mapper)
             self._choose(mapper)
             self._measure_others(mapper)
@@ -215,8 +218,37 @@ class Extraction(Output):
     # What each tensor becomes.
 
     def _base_tensor(self, name: str) -> Tensor | None:
-        """Return the base's tensor of a name; with or without the first part, which a head's wrapper adds."""
-        return self._base.get(name) or self._base.get(name.partition(".")[2]) or None
+        """Return the base's tensor of a name, or None.
+
+        A head's wrapper adds a first part to names, which one of the two may lack; and a head that is tied in the base
+        is its embeddings.
+        """
+        other = name if name in self._base else name.partition(".")[2]
+        if other not in self._base:
+            other = self._unwrapped.get(name, "")
+        if other not in self._base and is_head(name) and tied_embeddings(self._base.config):
+            other = tied_source(name, self._base) or ""
+        return self._base.get(other)
+
+    def _missing(self) -> list[str]:
+        """Return what a person should know of tensors that only one of the models has."""
+        found = {id(self._base_tensor(name)) for name in self._finetuned}
+        shared = [tensor for tensor in self._base.values() if id(tensor) in found]
+        if not shared:
+            raise PlanError(
+                f"{self._finetuned.name} and {self._base.name} have no tensor of the same name; is one of them the "
+                "model that the other was made from?"
+            )
+        missing = [name for name, tensor in self._base.items() if id(tensor) not in found and not is_head(name)]
+        if not missing:
+            return []
+        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        return [f"the base has {len(missing)} tensors that the fine-tune lacks, and keeps them: {names}"]
+
+    @cached_property
+    def _unwrapped(self) -> dict[str, str]:
+        """The base's names by what follows their first part."""
+        return {name.partition(".")[2]: name for name in self._base}
 
     def _changed(self, mapper: ThreadMapper) -> list[str]:
         """Return the tensors that the base has otherwise, or not at all."""

@@ -152,6 +152,9 @@ class Made(Tensor):
         self.name = field.name
         self.shape = field.shape
         self.dtype = field.dtype
+        # Its first read makes all of them, for the others as well.
+        self.held = maker.memory if which == 0 else self.nbytes
+        self.whole = True
         self._which = which
         self._maker = maker
         self._ahead = ahead

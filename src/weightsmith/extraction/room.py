@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from weightsmith.checkpoint.recent import RECENT
@@ -51,6 +51,11 @@ class Room:
 class Maker(Protocol):
     """Makes several arrays at once."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes that are held while they are made, at most."""
+        ...
+
     def make(self) -> tuple[Array, ...]:
         """Make them."""
         ...
@@ -59,14 +64,15 @@ class Maker(Protocol):
 class Ahead:
     """Makes what comes next while what was made is written.
 
-    The executor writes one large tensor at a time, on all threads. An adapter's tensors are small, and making them is
-    all the work: so the makers behind the one that is asked for are run by threads of their own.
+    The executor reads the tensors of an adapter one behind the other, and making them is all the work: so the makers
+    behind the one that is asked for are run by threads of their own. What they made is kept until those a few places
+    further on are asked for.
     """
 
     def __init__(self) -> None:
-        self._order: dict[int, int] = {}
+        self._places: dict[int, int] = {}
         self._makers: Sequence[Maker] = ()
-        self._begun = 0
+        self._made: dict[int, Future[tuple[Array, ...]]] = {}
         self._threads = 1
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -80,27 +86,29 @@ class Ahead:
             threads: how many may run at a time.
         """
         self._makers = makers
-        self._order = {id(maker): place for place, maker in enumerate(makers)}
-        self._begun = 0
+        self._places = {id(maker): place for place, maker in enumerate(makers)}
         self._threads = threads
-        with ThreadPoolExecutor(threads, "weightsmith-extract") as pool:
+        with ThreadPoolExecutor(threads, "weightsmith-ahead") as pool:
             self._pool = pool
             try:
                 yield
             finally:
-                self._pool = None
+                with self._lock:
+                    self._pool = None
+                    self._made.clear()
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def get(self, maker: Maker) -> tuple[Array, ...]:
         """Return what a maker makes, and have those behind it begun."""
-        place = self._order.get(id(maker))
         with self._lock:
-            pool = self._pool
-            if pool is not None and place is not None:
-                # What an earlier run has written is not asked for.
-                first = max(self._begun, place)
-                self._begun = max(self._begun, min(place + self._threads, len(self._makers)))
-                for other in self._makers[first : self._begun]:
-                    # An error is told when the result is asked for: it is then made anew.
-                    pool.submit(RECENT.get, other, other.make)
-        return RECENT.get(maker, maker.make)
+            pool, place = self._pool, self._places.get(id(maker))
+            if pool is None or place is None:
+                wanted = None
+            else:
+                for done in [other for other in self._made if other < place - 2 * self._threads]:
+                    del self._made[done]
+                for other in range(place, min(place + self._threads, len(self._makers))):
+                    if other not in self._made:
+                        self._made[other] = pool.submit(self._makers[other].make)
+                wanted = self._made[place]
+        return wanted.result() if wanted is not None else RECENT.get(maker, maker.make)

@@ -394,7 +394,9 @@ class StartingBase(_Starting):
         tensors: dict[str, Tensor] = dict(base)
         for start in self.starts:
             term = Term(-1.0, partial(start.change, self.ahead))
-            tensors[start.tensor.name] = FoldedTensor(start.tensor, [term], transposed=start.module.stored_transposed)
+            rest = FoldedTensor(start.tensor, [term], transposed=start.module.stored_transposed)
+            rest.held, rest.whole = start.memory, True
+            tensors[start.tensor.name] = rest
         dtype = dtypes.float_from_name(recipe.residual_dtype) if recipe.residual_dtype else None
         written = {} if dtype is None else {name: dtype for name, one in base.items() if dtypes.is_float(one.dtype)}
         name = f"{base.name} without {recipe.method}"

@@ -76,6 +76,7 @@ def _check(layer: Layer) -> None:
     changes_bias=lambda layer: "lora_B.bias" in layer,
     bias=lambda layer, bias: bias + scale(layer, layer.length("r")) * layer.array("lora_B.bias"),
     check=_check,
+    whole=lambda layer: "lora_embedding_A" in layer and MAGNITUDE in layer,
     source="Hu et al., LoRA, ICLR 2022, arXiv:2106.09685; Liu et al., DoRA, ICML 2024, arXiv:2402.09353",
 )
 def lora(layer: Layer) -> Change:
