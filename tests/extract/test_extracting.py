@@ -365,6 +365,20 @@ def test_models_that_cannot_be_compared_are_refused(models, write_model, tmp_pat
         ws.extract(models[1], models[0], rank=1, memory=1_000)
 
 
+def test_norms_alone_are_no_lora(models, write_model):
+    tuned = {**models[2], "model.norm.weight": models[3]["model.norm.weight"]}
+    with pytest.raises(PlanError, match=r"no matrix changed .* model.norm.weight"):
+        ws.extract(write_model("norms", tuned), models[0], rank=1)
+    adapter = ws.extract(write_model("norms", tuned), models[0], kind="sign")
+    np.testing.assert_array_equal(adapter[f"{PREFIX}model.norm.weight"].numpy(), tuned["model.norm.weight"])
+
+
+def test_the_models_are_left_as_they_are(models):
+    finetuned = ws.open(models[1])
+    ws.extract(finetuned, models[0], rank=1, rename=["norm=nrm"])
+    assert all(tensor.name == name for name, tensor in finetuned.items())
+
+
 def test_a_value_beyond_sixteen_bits_is_told_of(models, write_model, tmp_path):
     far = {name: values * np.float32(1e12) if values.ndim == 2 else values for name, values in models[3].items()}
     with pytest.raises(OutputError, match="wider dtype"):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,6 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.adapters.codes import Quantization
-from weightsmith.architecture.config import is_head, tied_embeddings, tied_source
-from weightsmith.bundle.identical import identical
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import tokenizer_files, write_companions
 from weightsmith.checkpoint.layout import Part as FilePart
@@ -27,11 +22,12 @@ from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import MATRIX_MEMORY, Plan
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper, default_threads
-from weightsmith.errors import MethodError, OutputError, PlanError, shown
+from weightsmith.errors import MethodError, OutputError, PlanError
 from weightsmith.extraction.compact import Quantized, Shira, Signs, Sparse, shares_over_model
-from weightsmith.extraction.difference import Difference, weights_of
+from weightsmith.extraction.difference import Difference, Sums
 from weightsmith.extraction.lowrank import Factoring, LowRank, Spectra, has_zero_row
 from weightsmith.extraction.modules import Module, Modules
+from weightsmith.extraction.pairing import Pairing
 from weightsmith.extraction.parts import PREFIX, Part, largest_need
 from weightsmith.extraction.placement import (
     Placement,
@@ -39,30 +35,20 @@ from weightsmith.extraction.placement import (
     config_text,
     find_tie,
     in_head,
-    most_common,
-    patterns,
     place,
-    target_names,
     task_type,
 )
 from weightsmith.extraction.ranks import Candidate, choose
 from weightsmith.extraction.recipe import Recipe
 from weightsmith.extraction.report import REPORT_FILE, LeftOut, Matrix, Report, share
 from weightsmith.extraction.room import Ahead, Room
+from weightsmith.extraction.settings import Renaming, low_rank_config, own_config, shira_config
 from weightsmith.plan.output import Output
 
 _RESIDENT = 150_000_000
 # Most bytes of decompositions that are kept from choosing ranks until the factors are made.
 _KEPT = 256_000_000
 _ONE_FILE = 1 << 62
-
-
-@dataclass(frozen=True)
-class _Lost:
-    """What is known of tensors that no part stands for."""
-
-    change: float
-    tuned: float
 
 
 class Extraction(Output):
@@ -101,7 +87,7 @@ class Extraction(Output):
             MethodError: if a setting does not fit them.
             CheckpointError: if one cannot be read, or a change is not finite.
         """
-        _check(finetuned, base)
+        self._pair = Pairing(finetuned, base)
         self.recipe = recipe
         self.parts_of: list[Part] = []
         self._memory = memory
@@ -110,23 +96,19 @@ class Extraction(Output):
         self._room = Room(MATRIX_MEMORY if memory is None else max(memory - _RESIDENT, 1), self._threads)
         self._listener = progress or Silent()
         self._finetuned = finetuned
-        self._base = base
         self._config = finetuned.config or base.config
         self._modules = Modules(finetuned, self._config)
         self._task = task_type(self._config) if recipe.kind == "lora" or recipe.rank is not None else None
         self._tie = find_tie(finetuned, self._config)
-        self._renames = [_pattern(text) for text in recipe.rename]
+        self._renaming = Renaming(recipe.rename)
         self._whole: list[str] = []
-        self._lost: dict[str, _Lost] = {}
+        # Sums over what no part stands for.
+        self._lost: dict[str, Sums] = {}
         self._left_out: dict[str, str] = {}
-        notes: list[str] = []
         with ThreadMapper(self._threads, matrices=recipe.kind == "lora") as mapper:
-            changed = self._changed(mapper)
+            changed = self._pair.changed(mapper, self._listener)
             self._unchanged = len(finetuned) - len(changed)
-            if not changed:
-                raise PlanError(f"{finetuned.name} is {base.name}, to the bit: there is nothing to extract")
-            notes += self._missing()
-            notes += self._sort(changed, mapper)
+            notes = [*self._pair.notes(), *self._sort(changed, mapper)]
             self._choose(mapper)
             self._measure_others(mapper)
         tensors, config = self._laid_out()
@@ -217,55 +199,6 @@ class Extraction(Output):
 
     # What each tensor becomes.
 
-    def _base_tensor(self, name: str) -> Tensor | None:
-        """Return the base's tensor of a name, or None.
-
-        A head's wrapper adds a first part to names, which one of the two may lack; and a head that is tied in the base
-        is its embeddings.
-        """
-        other = name if name in self._base else name.partition(".")[2]
-        if other not in self._base:
-            other = self._unwrapped.get(name, "")
-        if other not in self._base and is_head(name) and tied_embeddings(self._base.config):
-            other = tied_source(name, self._base) or ""
-        return self._base.get(other)
-
-    def _missing(self) -> list[str]:
-        """Return what a person should know of tensors that only one of the models has."""
-        found = {id(self._base_tensor(name)) for name in self._finetuned}
-        shared = [tensor for tensor in self._base.values() if id(tensor) in found]
-        if not shared:
-            raise PlanError(
-                f"{self._finetuned.name} and {self._base.name} have no tensor of the same name; is one of them the "
-                "model that the other was made from?"
-            )
-        missing = [name for name, tensor in self._base.items() if id(tensor) not in found and not is_head(name)]
-        if not missing:
-            return []
-        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        return [f"the base has {len(missing)} tensors that the fine-tune lacks, and keeps them: {names}"]
-
-    @cached_property
-    def _unwrapped(self) -> dict[str, str]:
-        """The base's names by what follows their first part."""
-        return {name.partition(".")[2]: name for name in self._base}
-
-    def _changed(self, mapper: ThreadMapper) -> list[str]:
-        """Return the tensors that the base has otherwise, or not at all."""
-        self._listener.start(self._finetuned.nbytes, len(self._finetuned), 0)
-
-        def differs(name: str) -> bool:
-            own, other = self._finetuned[name], self._base_tensor(name)
-            found = other is None or own.shape != other.shape or not _same(own, other)
-            self._listener.advance(own.nbytes)
-            return found
-
-        try:
-            names = list(self._finetuned)
-            return [name for name, found in zip(names, mapper(differs, names), strict=True) if found]
-        finally:
-            self._listener.finish()
-
     def _sort(self, changed: Sequence[str], mapper: ThreadMapper) -> list[str]:
         """Decide which tensors are taken apart, kept whole and left out; return what a person should know."""
         recipe = self.recipe
@@ -275,12 +208,11 @@ class Extraction(Output):
             if _fits(name, recipe.exclude):
                 self._left_out[name] = "excluded"
                 continue
-            own, other = self._finetuned[name], self._base_tensor(name)
-            module = self._modules.find(name)
-            if self._is_taken_apart(name, own, other, module):
-                assert other is not None
-                matrices.append((Difference(name, other, own), module))
+            difference, module = self._pair.difference(name), self._modules.find(name)
+            if difference is not None and self._is_taken_apart(difference, module):
+                matrices.append((difference, module))
                 continue
+            own, other = self._finetuned[name], self._pair.base_tensor(name)
             if other is not None and other.shape != own.shape and not recipe.only_matrices:
                 notes.append(
                     f"{name} is {list(own.shape)} and the base's {list(other.shape)}: it is kept whole, and the base "
@@ -296,10 +228,9 @@ class Extraction(Output):
         self._make_parts(matrices, mapper)
         return notes
 
-    def _is_taken_apart(self, name: str, own: Tensor, other: Tensor | None, module: Module | None) -> bool:
-        if other is None or other.shape != own.shape or _fits(name, self.recipe.whole):
-            return False
-        if not dtypes.is_float(own.dtype) or not dtypes.is_float(other.dtype):
+    def _is_taken_apart(self, one: Difference, module: Module | None) -> bool:
+        name = one.name
+        if _fits(name, self.recipe.whole):
             return False
         if self.recipe.kind == "lora":
             if self._tie is not None and name == self._tie.embedding and (self.recipe.dora or self._tie.head is None):
@@ -310,8 +241,8 @@ class Extraction(Output):
             # PEFT's SHiRA knows linear layers, and entries that are fewer than the matrix has.
             if module is None or module.form != "linear" or in_head(name, self._task):
                 return False
-            return self.recipe.rank * sum(own.shape) <= own.size
-        return len(own.shape) >= 2 and name.endswith(".weight") and own.size > 0
+            return self.recipe.rank * sum(one.shape) <= one.size
+        return len(one.shape) >= 2 and name.endswith(".weight") and one.size > 0
 
     def _keep_or_leave(self, name: str, reason: str) -> None:
         if self.recipe.only_matrices and not in_head(name, self._task):
@@ -390,23 +321,12 @@ class Extraction(Output):
                 self._left_out[part.name] = (
                     "its change is zero but for rounding" if not len(candidate.values) else "the budget goes to others"
                 )
-                self._lost[part.name] = _Lost(candidate.energy, tuned)
+                self._lost[part.name] = Sums(candidate.energy, tuned)
 
     def _measure_others(self, mapper: ThreadMapper) -> None:
         """Take the norms of tensors that no part stands for."""
         names = [name for name in (*self._whole, *self._left_out) if name not in self._lost]
-
-        def measured(name: str) -> _Lost:
-            own, other = self._finetuned[name], self._base_tensor(name)
-            if not dtypes.is_float(own.dtype):
-                return _Lost(0.0, 0.0)
-            if other is None or other.shape != own.shape or not dtypes.is_float(other.dtype):
-                found = weights_of(own)
-                return _Lost(found, found)
-            sums = Difference(name, other, own).sums()
-            return _Lost(sums.change, sums.tuned)
-
-        self._lost |= dict(zip(names, mapper(measured, names), strict=True))
+        self._lost |= dict(zip(names, mapper(self._pair.sums, names), strict=True))
 
     def _dtype_of(self, one: Difference) -> DType:
         if self.recipe.dtype is not None:
@@ -438,81 +358,28 @@ class Extraction(Output):
         tensors = {tensor.name: tensor for part in self.parts_of for tensor in part.tensors(self._ahead)}
         if not self.recipe.for_peft:
             tensors |= {PREFIX + name: self._finetuned[name] for name in self._whole}
-            return self._renamed(tensors), {**self._own_config(), **base_of(self.recipe.base)}
+            return self._renaming.tensors(tensors), {**own_config(self.recipe), **base_of(self.recipe.base)}
+        if not self.parts_of:
+            raise PlanError(
+                f"of {self._finetuned.name} no matrix changed that could be taken apart, and PEFT loads no such "
+                f"adapter without one; what changed: {', '.join([*self._whole, *self._left_out][:3])} …"
+            )
         placement = self._placement(self.parts_of)
         tensors |= {key: self._finetuned[name] for name, key in placement.keys.items()}
-        own = self._low_rank_config(placement) if self.recipe.kind == "lora" else self._shira_config()
+        paths = self._modules.paths
+        parts = [part for part in self.parts_of if isinstance(part, LowRank)]
+        if parts:
+            own = low_rank_config(self.recipe, parts, paths, self._renaming, biases=placement.biases)
+        else:
+            own = shira_config(self.recipe, self.parts_of, paths, self._renaming)
         heads_left = any(in_head(name, self._task) for name in self._left_out)
         config = {
             **base_of(self.recipe.base),
             "task_type": None if heads_left else self._task,
             "inference_mode": True,
-            "modules_to_save": [self._rename(module) for module in placement.modules] or None,
+            "modules_to_save": [self._renaming.name(module) for module in placement.modules] or None,
         }
-        return self._renamed(tensors), own | config
-
-    def _low_rank_config(self, placement: Placement) -> dict[str, Any]:
-        parts = [part for part in self.parts_of if isinstance(part, LowRank)]
-        ranks = {module: part.rank for part in parts for module in part.modules}
-        common = most_common(part.rank for part in parts)
-        # A scale of 1: alpha is the rank, of every module.
-        differing = patterns({self._rename(module): rank for module, rank in ranks.items()}, common)
-        ties = {"ensure_weight_tying": True} if len(ranks) > len(parts) else {}
-        return {
-            "peft_type": "LORA",
-            "r": common,
-            "lora_alpha": common,
-            "rank_pattern": differing,
-            "alpha_pattern": differing,
-            "target_modules": self._targets(ranks),
-            "fan_in_fan_out": any(part.layer.form == "transposed" for part in parts),
-            "bias": "lora_only" if placement.biases else "none",
-            "lora_dropout": 0.0,
-            "init_lora_weights": True,
-            "use_dora": self.recipe.dora,
-            "use_rslora": False,
-            **ties,
-        }
-
-    def _shira_config(self) -> dict[str, Any]:
-        return {
-            "peft_type": "SHIRA",
-            "r": self.recipe.rank,
-            "mask_type": "random",
-            "target_modules": self._targets([part.module for part in self.parts_of]),
-            "fan_in_fan_out": False,
-            "init_weights": True,
-        }
-
-    def _targets(self, modules: Iterable[str]) -> list[str] | str:
-        paths = {*self._modules.paths, *modules}
-        return target_names(
-            dict.fromkeys(self._rename(module) for module in modules), {self._rename(path) for path in paths}
-        )
-
-    def _renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors under the names that the user has for their modules."""
-        found: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
-            name = PREFIX + self._rename(key.removeprefix(PREFIX))
-            if name in found:
-                raise PlanError(f"rename gives {name} to two tensors; the second is {key.removeprefix(PREFIX)}")
-            found[name] = tensor
-            tensor.name = name
-        return found
-
-    def _rename(self, name: str) -> str:
-        for pattern, replacement in self._renames:
-            name = pattern.sub(replacement, name)
-        return name
-
-    def _own_config(self) -> dict[str, Any]:
-        recipe = self.recipe
-        if recipe.kind == "sparse":
-            return {"peft_type": "WEIGHTSMITH_SPARSE", "density": recipe.density, "scope": recipe.scope}
-        if recipe.kind == "sign":
-            return {"peft_type": "WEIGHTSMITH_SIGNS"}
-        return {"peft_type": "WEIGHTSMITH_QUANTIZED", "bits": recipe.bits, "quantizer": recipe.quantizer}
+        return self._renaming.tensors(tensors), own | config
 
     def _check_memory(self, memory: int | None) -> None:
         largest = largest_need(self.parts_of)
@@ -523,41 +390,6 @@ class Extraction(Output):
             f"--memory allows {memory / 1e6:,.0f} MB: allow more, keep the tensor whole (--whole '{largest.name}'), or "
             "leave it out (--exclude)"
         )
-
-
-def _check(finetuned: Checkpoint, base: Checkpoint) -> None:
-    for one in (finetuned, base):
-        if one.is_adapter:
-            raise PlanError(f"{one.name} is an adapter; name a model: BASE+{one.name}")
-        if one.components:
-            raise PlanError(
-                f"{one.name} is a pipeline of several models; extract one of its components: "
-                f"{one.name}/{one.components[0]}"
-            )
-        if one.config.get("quantization_config"):
-            raise PlanError(f"{one.name} is quantised: its tensors are codes, and their differences are no changes")
-
-
-def _same(own: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers."""
-    if own.dtype == other.dtype:
-        return identical(own, other)
-    if not dtypes.is_float(own.dtype) or not dtypes.is_float(other.dtype):
-        return False
-    return not any(change.any() for _, _, _, change in Difference(own.name, other, own).tiles())
-
-
-def _pattern(text: str) -> tuple[re.Pattern[str], str]:
-    """Read ``PATTERN=REPLACEMENT``."""
-    pattern, separator, replacement = text.partition("=")
-    try:
-        if not separator:
-            raise re.error("no '='")
-        compiled = re.compile(pattern)
-        compiled.sub(replacement, "")
-    except (re.error, IndexError) as error:
-        raise MethodError(f"rename {shown(text)} is not PATTERN=REPLACEMENT: {error}") from error
-    return compiled, replacement
 
 
 def _fits(name: str, globs: Sequence[str]) -> bool:
