@@ -9,7 +9,8 @@ from typing import Any
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.errors import RecipeError
-from weightsmith.initialization.starting import Recipe, StartingAdapter, StartingBase
+from weightsmith.initialization.recipe import Recipe
+from weightsmith.initialization.starting import StartingAdapter, StartingBase
 from weightsmith.methods.matrices import Decomposition
 from weightsmith.recipe.yaml_text import parse
 

@@ -6,13 +6,11 @@ import dataclasses
 import fnmatch
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from weightsmith import dtypes
 from weightsmith.adapters.change import Change, LowRank
@@ -26,90 +24,21 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import MATRIX_MEMORY, Plan
 from weightsmith.engine.threads import ThreadMapper, default_threads
-from weightsmith.errors import MethodError, OutputError, PlanError, did_you_mean, shown
+from weightsmith.errors import MethodError, OutputError, PlanError
 from weightsmith.extraction.lowrank import factor_fields, rounded_factor
 from weightsmith.extraction.modules import Module, Modules
 from weightsmith.extraction.parts import Made
 from weightsmith.extraction.placement import base_of, config_text, most_common, patterns, target_names, task_type
 from weightsmith.extraction.room import Ahead, Room
 from weightsmith.initialization.methods import METHODS, Given, explained
+from weightsmith.initialization.recipe import Recipe
 from weightsmith.initialization.statistics import Activations
 from weightsmith.kernels.convert import widen
-from weightsmith.methods.matrices import Decomposition, leading_work
+from weightsmith.methods.matrices import leading_work
 from weightsmith.plan.output import Output
 
 _FLOAT64 = np.dtype(np.float64)
 _ONE_FILE = 1 << 62
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a training begins.
-
-    Attributes:
-        base: the base's reference.
-        method: ``kaiming``, ``pissa``, ``milora``, ``olora``, ``eva`` or ``corda``.
-        rank: the rank.
-        alpha: lora_alpha; the rank by default, so that the scale is 1.
-        targets: patterns of the names of modules, or their last parts; by default all linear layers within layers.
-        activations: the reference of a file of activations, or None.
-        rho: of ``eva``, how much larger than the rank one layer's may become; 1 leaves all the same.
-        smallest: of ``corda``, whether the smallest values are taken (``kpm``) and not the largest (``ipm``).
-        decomposition: ``exact`` or ``randomized``.
-        seed: of random numbers.
-        dtype: the dtype of the factors.
-        residual_dtype: the dtype of the base that belongs to it, where its own is not to be kept.
-        trained_on: how the adapter's config names the base that it is trained on, where that is another.
-        residual: whether this is that base rather than the adapter.
-    """
-
-    base: str
-    method: str
-    rank: int
-    alpha: float | None = None
-    targets: tuple[str, ...] = ()
-    activations: str | None = None
-    rho: float = 1.0
-    smallest: bool = False
-    decomposition: Decomposition = "exact"
-    seed: int = 0
-    dtype: str = "float32"
-    residual_dtype: str | None = None
-    trained_on: str | None = None
-    residual: bool = False
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            near = did_you_mean(self.method, METHODS) if isinstance(self.method, str) else ""
-            raise MethodError(f"there is no method {shown(self.method)}{near}; there are {', '.join(METHODS)}")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise MethodError(f"rank is {shown(self.rank)}; a whole number from 1 is needed")
-        for name in ("alpha", "rho"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < 1e18):
-                raise MethodError(f"{name} is {shown(value)}; a number above 0 is needed")
-        if self.rho < 1 or (self.rho != 1 and self.method != "eva"):
-            raise MethodError(f"rho is {shown(self.rho)}; it shares ranks out for eva, and is 1 or more")
-        if self.smallest and self.method != "corda":
-            raise MethodError("the smallest singular values are a choice of corda; milora takes them always")
-        if self.activations is not None and not METHODS[self.method].data:
-            raise MethodError(f"{self.method} uses no activations; eva and corda do")
-        if self.decomposition not in ("exact", "randomized"):
-            raise MethodError(f"decomposition is {shown(self.decomposition)}; exact or randomized is needed")
-        if self.decomposition == "randomized" and (self.method not in ("pissa", "eva") or self.activations is not None):
-            raise MethodError("the randomised decomposition is for pissa, and for eva without activations")
-        for dtype in (self.dtype, self.residual_dtype):
-            if dtype is not None and dtypes.float_from_name(dtype).itemsize < 2:
-                raise MethodError(f"{dtype} is too coarse for weights to train; use float32, bfloat16 or float16")
-
-    def to_yaml(self) -> str:
-        """Return it as YAML, as a manifest keeps it."""
-        content = {
-            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
-        return yaml.safe_dump({"initialize": content}, sort_keys=False, allow_unicode=True)
 
 
 class Start:
@@ -191,16 +120,32 @@ class Start:
         return LowRank(up.reshape(rows, self.rank) * self.scale, down.reshape(self.rank, columns))
 
 
-class _Starting(Output):
-    """What the adapter and its base share."""
+class Starts:
+    """All layers of an adapter to begin with.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        base: Checkpoint,
-        activations: Checkpoint | None,
-        threads: int | None,
-    ) -> None:
+    Attributes:
+        recipe: how it begins.
+        base: the base.
+        layers: the factors of each layer.
+        modules: the modules of the base.
+        room: where matrices are worked on.
+        ahead: has the factors made.
+        threads: how many threads to use.
+    """
+
+    def __init__(self, recipe: Recipe, base: Checkpoint, activations: Checkpoint | None, threads: int | None) -> None:
+        """Decide what there is; ranks are shared out by what directions explain, if they are.
+
+        Args:
+            recipe: how it begins.
+            base: the base.
+            activations: the file of activations that the recipe names.
+            threads: how many threads to use.
+
+        Raises:
+            PlanError: if the base has no such layers.
+            CheckpointError: if the activations do not fit them.
+        """
         if base.is_adapter:
             raise PlanError(f"{base.name} is an adapter, and cannot be a base")
         if base.components:
@@ -209,14 +154,14 @@ class _Starting(Output):
             raise PlanError(f"{base.name} is quantised: its tensors are codes, and have no singular vectors")
         self.recipe = recipe
         self.base = base
+        self.modules = Modules(base, base.config)
         self.threads = threads or default_threads()
         self.room = Room(MATRIX_MEMORY, self.threads)
         self.ahead = Ahead()
         self._activations = None if activations is None else Activations(activations)
-        self._modules = Modules(base, base.config)
-        self.starts = self._make_starts()
+        self.layers = self._make()
 
-    def _make_starts(self) -> list[Start]:
+    def _make(self) -> list[Start]:
         modules = self._chosen()
         ranks = {module.name: min(self.recipe.rank, *module.sides) for module in modules}
         if self._activations is not None:
@@ -248,7 +193,7 @@ class _Starting(Output):
         layers = analyse(self.base, self.base.config)
         found = []
         for name in self.base:
-            module = self._modules.find(name)
+            module = self.modules.find(name)
             if module is None or module.form not in ("linear", "transposed"):
                 continue
             if self.recipe.targets:
@@ -265,26 +210,34 @@ class _Starting(Output):
             raise PlanError(f"{self.base.name} has no linear layer that {targets}")
         return found
 
+
+class _Starting(Output):
+    """What the adapter and its base share.
+
+    Attributes:
+        recipe: how the training begins.
+        work: the layers.
+    """
+
+    recipe: Recipe
+    work: Starts
+
     def to_yaml(self) -> str:
         """See :meth:`Output.to_yaml`."""
         return self.recipe.to_yaml()
 
     def save(self, target: str | os.PathLike[str], **options: Any) -> Summary:
         """See :meth:`Output.save`."""
-        self.room.most = threads = options.get("threads") or self.threads
+        work = self.work
+        work.room.most = threads = options.get("threads") or work.threads
         if options.get("memory") is not None:
-            self.room.limit = options["memory"]
-        with ThreadMapper(1, matrices=True), self.ahead.working(self.starts, threads):
+            work.room.limit = options["memory"]
+        with ThreadMapper(1, matrices=True), work.ahead.working(work.layers, threads):
             return super().save(target, **options)
 
 
 class StartingAdapter(_Starting):
-    """An adapter to begin a training with.
-
-    Attributes:
-        recipe: how it begins.
-        starts: its layers.
-    """
+    """An adapter to begin a training with."""
 
     def __init__(
         self, recipe: Recipe, base: Checkpoint, activations: Checkpoint | None = None, *, threads: int | None = None
@@ -301,18 +254,17 @@ class StartingAdapter(_Starting):
             PlanError: if the base has no such layers.
             CheckpointError: if the activations do not fit them.
         """
-        super().__init__(recipe, base, activations, threads)
+        self.recipe = recipe
+        self.work = work = Starts(recipe, base, activations, threads)
         tensors = {
-            field.name: Made(field, which, start, self.ahead)
-            for start in self.starts
+            field.name: Made(field, which, start, work.ahead)
+            for start in work.layers
             for which, field in enumerate(factor_fields(start.module, start.rank, start.dtype))
         }
-        inputs = [base] if activations is None else [base, activations]
-        Output.__init__(
-            self,
+        super().__init__(
             f"{recipe.method} on {base.name}",
             tensors,
-            inputs=inputs,
+            inputs=[base] if activations is None else [base, activations],
             written={},
             companions=Companions(self._adapter_config()),
         )
@@ -343,24 +295,24 @@ class StartingAdapter(_Starting):
 
     def _adapter_config(self) -> dict[str, Any]:
         recipe = self.recipe
-        ranks = {start.module.name: start.rank for start in self.starts}
+        ranks = {start.module.name: start.rank for start in self.work.layers}
         common = recipe.rank if recipe.rank in ranks.values() else most_common(ranks.values())
         # The scale is the same for all, so alpha differs where the rank does.
-        scale = self.starts[0].scale
+        scale = self.work.layers[0].scale
         differing = patterns(ranks, common)
         trained_on = recipe.trained_on or (None if METHODS[recipe.method].takes_part else recipe.base)
         base = {} if trained_on is None else base_of(trained_on)
         return {
             "peft_type": "LORA",
             **base,
-            "task_type": task_type(self.base.config),
+            "task_type": task_type(self.work.base.config),
             "inference_mode": False,
             "r": common,
             "lora_alpha": _whole(scale * common),
             "rank_pattern": differing,
             "alpha_pattern": {name: _whole(scale * rank) for name, rank in differing.items()},
-            "target_modules": target_names(ranks, self._modules.paths),
-            "fan_in_fan_out": any(start.module.form == "transposed" for start in self.starts),
+            "target_modules": target_names(ranks, self.work.modules.paths),
+            "fan_in_fan_out": any(start.module.form == "transposed" for start in self.work.layers),
             "bias": "none",
             "lora_dropout": 0.0,
             # The factors are here: PEFT is not to make others, nor to change the base, when it loads them.
@@ -386,21 +338,18 @@ class StartingBase(_Starting):
         if not METHODS[recipe.method].takes_part:
             raise MethodError(f"{recipe.method} begins with a change of zero: the base stays as it is")
         self.recipe = dataclasses.replace(recipe, residual=True)
-        self.starts = adapter.starts
-        self.ahead = adapter.ahead
-        self.room = adapter.room
-        self.threads = adapter.threads
-        base = adapter.base
+        self.work = work = adapter.work
+        base = work.base
         tensors: dict[str, Tensor] = dict(base)
-        for start in self.starts:
-            term = Term(-1.0, partial(start.change, self.ahead))
+        for start in work.layers:
+            term = Term(-1.0, partial(start.change, work.ahead))
             rest = FoldedTensor(start.tensor, [term], transposed=start.module.stored_transposed)
             rest.held, rest.whole = start.memory, True
             tensors[start.tensor.name] = rest
         dtype = dtypes.float_from_name(recipe.residual_dtype) if recipe.residual_dtype else None
         written = {} if dtype is None else {name: dtype for name, one in base.items() if dtypes.is_float(one.dtype)}
         name = f"{base.name} without {recipe.method}"
-        Output.__init__(self, name, tensors, inputs=[base], written=written, companions=base.companions)
+        super().__init__(name, tensors, inputs=[base], written=written, companions=base.companions)
 
     def parts(self) -> list[FilePart]:
         """See :meth:`Output.parts`."""
