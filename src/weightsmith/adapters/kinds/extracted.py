@@ -17,7 +17,7 @@ from weightsmith.adapters.codes import (
     unpack_codes,
 )
 from weightsmith.adapters.forms import Form, form
-from weightsmith.adapters.layer import FLOAT64, Layer
+from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
 from weightsmith.bundle.tiles import bytes_of_bits
@@ -145,7 +145,7 @@ def quantized(layer: Layer) -> Change:
 
     def delta(start: int, stop: int) -> Array:
         codes = _of_bits(packed, start * columns, stop * columns, how.bits)
-        return how.decode(codes, limits).reshape(stop - start, columns).astype(FLOAT64, copy=False)
+        return how.decode(codes, limits).reshape(stop - start, columns)
 
     return Added(delta, [packed])
 
