@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.engine.arrays import merge_arrays
     from weightsmith.errors import WeightsmithError
+    from weightsmith.extraction.create import extract
+    from weightsmith.initialization.create import initialize_adapter
     from weightsmith.methods.block import Block, Scope, Sweep
     from weightsmith.methods.registry import Param, PerModel, method
     from weightsmith.recipe.load import load_recipe
@@ -42,8 +44,10 @@ _HOMES = {
     "WeightsmithError": "weightsmith.errors",
     "average": "weightsmith.api",
     "diff": "weightsmith.api",
+    "extract": "weightsmith.extraction.create",
     "fold_model": "weightsmith.reparameterized.fold",
     "fuse": "weightsmith.api",
+    "initialize_adapter": "weightsmith.initialization.create",
     "load_recipe": "weightsmith.recipe.load",
     "merge": "weightsmith.api",
     "merge_arrays": "weightsmith.engine.arrays",
@@ -74,8 +78,10 @@ __all__ = [
     "average",
     "bundle",
     "diff",
+    "extract",
     "fold_model",
     "fuse",
+    "initialize_adapter",
     "load_recipe",
     "merge",
     "merge_arrays",

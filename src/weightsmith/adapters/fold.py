@@ -284,6 +284,9 @@ class _Folding:
         weight = self._source(self._target(adapter, adapter.weight_name(module, self._base)))
         if len(weight.shape) != (3 if adapter.of_experts(module, weight) else 2):
             return None
+        if any("embedding" in part for part in adapter.modules[module]):
+            # Embeddings are stored one way, whatever the config says of layers.
+            return False
         straight, turned = (adapter.fits(module, Weight(weight, transposed=side)) for side in (False, True))
         # In a model without such layers, what fits the wrong way round is an adapter of another model.
         kind = self._base.config.get("model_type")

@@ -39,6 +39,7 @@ _FAMILIES = (
     "wavelets",
     "subspaces",
     "replaced",
+    "extracted",
 )
 
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
-
 from weightsmith import dtypes
 from weightsmith.architecture.stacks import Place
 from weightsmith.bundle.description import Entry
@@ -24,6 +22,7 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import ThreadMapper
 from weightsmith.errors import CheckpointError, MethodError, did_you_mean, shown
+from weightsmith.kernels.change import finite_change
 from weightsmith.kernels.convert import widen
 
 BASE, SHARED, TASKS = "base", "shared", "tasks"
@@ -94,12 +93,15 @@ class Group:
         if base is None:
             base = self.base_values(start, stop)
         values = widen(self.models[task].read(start, stop), self.working)
-        with np.errstate(all="ignore"):
-            change = values - base
-            # A sum is the cheapest test, and says nothing where it overflows.
-            if not np.isfinite(change.sum()) and not np.isfinite(change).all():
-                self._refuse(task, values, base)
-        return change
+
+        def refuse(by_base: bool, what: str) -> CheckpointError:
+            whose = "the base" if by_base else f"task {task}"
+            return CheckpointError(
+                f"{self.name} of {whose} has {what}, and this kind of bundle keeps changes as numbers; "
+                "the kind lossless keeps any"
+            )
+
+        return finite_change(values, base, refuse)
 
     def changes(self, start: int, stop: int) -> list[Array]:
         """Return elements ``start`` to ``stop`` of the task vectors of all models, in their order."""
@@ -109,15 +111,6 @@ class Group:
     def base_values(self, start: int, stop: int) -> Array:
         """Return elements ``start`` to ``stop`` of the base's tensor, in the dtype of the arithmetic."""
         return widen(self.base.read(start, stop), self.working)
-
-    def _refuse(self, task: str, values: Array, base: Array) -> None:
-        whose = "the base" if not np.isfinite(base).all() else f"task {task}"
-        count = np.count_nonzero(~np.isfinite(base if whose == "the base" else values))
-        what = f"{count:,} values that are NaN or infinite" if count else "a change that is beyond float32"
-        raise CheckpointError(
-            f"{self.name} of {whose} has {what}, and this kind of bundle keeps changes as numbers; "
-            "the kind lossless keeps any"
-        )
 
 
 @dataclass(frozen=True)

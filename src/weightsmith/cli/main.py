@@ -23,6 +23,7 @@ _VERBS = {
     "fuse": "Fold adapters into a base, or a model's own structure, to plain weights.",
     "inspect": "Show what is in a model: tensors, layers, sizes.",
     "diff": "Compare two models, tensor by tensor.",
+    "extract": "Take what a fine-tune changed as an adapter.",
     "adapter": "Look at adapters, combine and convert them.",
     "bundle": "Keep several fine-tunes of one base in one small folder.",
     "verify": "Check that a merged model is still what was written.",

@@ -305,7 +305,11 @@ def leading(xp: Any, matrix: Array, rank: int, how: Decomposition = "exact") -> 
     Returns:
         U ``[m, rank]``, s ``[rank]`` and V transposed ``[rank, n]``, in the matrix's dtype, values falling.
     """
-    found = spectrum(xp, matrix, rank, how)
+    return leading_of(xp, matrix, spectrum(xp, matrix, rank, how), rank)
+
+
+def leading_of(xp: Any, matrix: Array, found: Spectrum, rank: int) -> tuple[Array, Array, Array]:
+    """Return what :func:`leading` does, of a matrix whose spectrum is known already."""
     values = found.values[:rank]
     zero = xp.arange(rank, device=_device(values)) >= found.rank(xp)
     safe = xp.where(zero, xp.full_like(values, math.inf), values)

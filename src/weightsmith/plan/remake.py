@@ -12,6 +12,8 @@ from weightsmith.plan.output import Output
 _MAKERS = {
     "bundle": "weightsmith.bundle.create",
     "reparameterized": "weightsmith.reparameterized.recipe",
+    "extract": "weightsmith.extraction.create",
+    "initialize": "weightsmith.initialization.create",
 }
 
 
