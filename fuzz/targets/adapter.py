@@ -28,6 +28,7 @@ _WORDS += (
     b' "init_weights" "bat" "mini" "feedforward_modules" "block_share" "coft" "peft_version" "0.17" "fan_in_fan_out"'
 )
 _WORDS += b' "trainable_token_indices" "parts" "shared" "weight" "lora_A" "lora_B" "lora_E" "lora_magnitude_vector"'
+_WORDS += b' "layer_replication"'
 _WORDS += b" ( ) (?: | * + ? {2} {,3} {1,2} \\. \\d \\w [a-c] [^.] ^ $ a b . .*"
 # Elements of all tensors of an input together: files hold what they say, and take no time to read.
 _MOST = 100_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.boft.layer import BOFTLayer
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import weightsmith as ws
@@ -107,10 +109,16 @@ def folded(tmp_path: Path) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in opened.items()}
 
 
-def same_outputs(model: Any, plain: torch.nn.Module, weights: dict[str, torch.Tensor], given: torch.Tensor) -> None:
+def same_outputs(
+    model: Any,
+    plain: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    given: torch.Tensor,
+    part: Callable[[Any], torch.Tensor] = lambda result: result,
+) -> None:
     plain.load_state_dict(weights)
     with torch.no_grad():
-        expected, found = model(given), plain.eval()(given)
+        expected, found = part(model(given)), part(plain.eval()(given))
     scale = expected.abs().max().item()
     assert scale > 0
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-4, atol=2e-5 * scale)
@@ -293,3 +301,24 @@ def test_butterfly_factors_are_applied_between_pefts_permutations(factors, tmp_p
     write_safetensors(tmp_path / "base" / "model.safetensors", {"q.weight": weight})
     found = folded(tmp_path)["q.weight"].numpy()
     np.testing.assert_allclose(found, weight @ rotation.T * scale, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_peft_stacks_anew_have_weights_of_their_own(tmp_path):
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 11}
+    net = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes))
+    write_base(tmp_path / "base", net, net.config.to_dict())
+    config = peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=["q_proj", "up_proj"], layer_replication=[[0, 2], [1, 3], [0, 1]]
+    )
+    model = peft.get_peft_model(net, config)
+    for name, parameter in model.named_parameters():
+        parameter.data += torch.randn_like(parameter) if "lora_" in name else 0
+    model.eval().save_pretrained(tmp_path / "adapter")
+    opened = ws.open(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    plain = LlamaForCausalLM(LlamaConfig(num_hidden_layers=opened.config["num_hidden_layers"], **sizes))
+    same_outputs(model, plain, folded(tmp_path), TOKENS, lambda result: result.logits)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "layer_replication": [[0, 4]]}))
+    with pytest.raises(CheckpointError, match="pairs of a first layer and one after the last, of 3 layers"):
+        folded(tmp_path)

@@ -196,7 +196,7 @@ TOKENS = {"q.token_adapter.trainable_tokens_delta": draw(2, 12)}
 REFUSED = [
     ("LORA", {"use_qalora": True}, LORA, "its base is quantised in groups"),
     ("LORA", {"arrow_config": {}, "alora_invocation_tokens": [1]}, LORA, "it acts on some tokens alone"),
-    ("LORA", {"layer_replication": [[0, 2]]}, LORA, "slices in a recipe"),
+    ("LORA", {"r": 2, "layer_replication": [[0, 2]]}, LORA, "base has 0 stacks of layers"),
     ("LORA", {"r": 2, "init_lora_weights": "pissa_niter_16"}, LORA, "random directions that no file holds"),
     ("LORA", {"r": 2, "init_lora_weights": "corda"}, LORA, "activations that the adapter does not hold"),
     ("LORA", {"r": 2, "init_lora_weights": "loftq"}, LORA, "what a quantised base lost"),

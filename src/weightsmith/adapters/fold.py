@@ -14,11 +14,12 @@ from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, find
 from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
 from weightsmith.adapters.layer import Weight
+from weightsmith.adapters.replicated import replicated
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.recent import RECENT, Recent
-from weightsmith.checkpoint.rows import FLOAT64, TILE, read_wide, tile_rows, tiled
+from weightsmith.checkpoint.rows import FLOAT64, read_wide, tile_rows, tiled
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import PlanError
 from weightsmith.kernels.convert import narrow
@@ -134,7 +135,8 @@ class FoldedTensor(Tensor):
 
     def _of_tiles(self, changes: Sequence[Change], start: int, stop: int) -> Array:
         rows, width = self._view.sides
-        step = tile_rows(width) * (_WIDER if width <= TILE else 1)
+        # Rows longer than a tile, as those of experts are, are taken one at a time.
+        step = tile_rows(width) * (_WIDER if tile_rows(width) > 1 else 1)
 
         def made(first: int) -> tuple[Array]:
             last = min(first + step, rows)
@@ -192,7 +194,7 @@ def fold(
         raise PlanError(f"{base.name} is an adapter itself: name the model that it was trained on as the base")
     given = [adapters] if isinstance(adapters, Checkpoint) else list(adapters)
     shares = [1.0] * len(given) if weights is None else list(weights)
-    folding = _Folding(base)
+    folding = _Folding(replicated(base, given))
     for adapter, share in zip(given, shares, strict=True):
         folding.add(Adapter(adapter), share)
     files = dict(base.companions.files)

@@ -63,7 +63,7 @@ def _elements(layer: Layer) -> int:
     source=_SOURCE,
 )
 def miss(layer: Layer) -> Change:
-    """MiSS, called Bone before PEFT 0.16: one matrix M ``[r, out]``, added to every r columns of W, transposed.
+    """MiSS, called Bone in older PEFT: one matrix M ``[r, out]``, added to every r columns of W, transposed.
 
     Inputs that are r apart share their change, so that it has rank r; the last columns take the first rows of M where r
     does not divide them. There is no scale. With ``init_weights: mini`` M is ``[r, m]``, repeated along the outputs.

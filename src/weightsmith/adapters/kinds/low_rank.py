@@ -140,16 +140,14 @@ def _check_blocks(layer: Layer) -> None:
         "alora_invocation_tokens": "it acts on some tokens alone (aLoRA), so no plain weights equal it",
         "arrow_config": "a router mixes its experts anew for every token (Arrow)",
         "use_qalora": "its base is quantised in groups (GPTQ), and is trained with them (QALoRA)",
-        "layer_replication": "its layers are copies of the base's; build them first, with slices in a recipe, and "
-        "take it out of the config",
     },
     changes_bias=lambda layer: "lora_B.bias" in layer,
     bias=lambda layer, bias: bias + scale(layer, layer.length("r")) * layer.array("lora_B.bias"),
     check=_check,
     whole=lambda layer: _DIAGONAL in layer or str(layer.text("init_lora_weights")).lower() in _RESIDUAL,
     ignored=("lora_monteclora_sampler", "lora_velora_embed"),
-    source="Hu et al., LoRA, ICLR 2022, arXiv:2106.09685; Liu et al., DoRA, ICML 2024, arXiv:2402.09353; Zelenin and "
-    "Zhuravlyova, Factored-norm DoRA; Wang et al., KaSA, ICLR 2025, arXiv:2412.06071",
+    source="Hu et al., LoRA, ICLR 2022, arXiv:2106.09685; Liu et al., DoRA, ICML 2024, arXiv:2402.09353; Wang et al., "
+    "KaSA, arXiv:2412.06071",
 )
 def lora(layer: Layer) -> Change:
     """LoRA: ``W + s B A``, with ``s = alpha / r``, or ``alpha / sqrt(r)`` if rank-stabilised.
@@ -168,6 +166,8 @@ def lora(layer: Layer) -> Change:
     A base that lost its first factors when training began is formed again: with ``init_lora_weights: pissa``, it is W
     without its r largest singular values, and with ``olora``, without s times the part within its first r columns:
     ``W - s B0 A0 + s B A``. That is what PEFT does when it loads such an adapter. Other such starts are refused.
+
+    With ``layer_replication`` the base's layers are stacked by ranges first; each of the new ones is changed by itself.
 
     KaSA takes the r smallest singular values out of W and adds ``s B diag(d) A``; BD-LoRA stores one factor, that is
     block-diagonal, as its blocks alone. VeLoRA and MonteCLoRA change training alone, and MiCA, EVA and orthogonal
@@ -258,7 +258,7 @@ def _without_start(layer: Layer, product: LowRank, start: str) -> Change:
 
 def _embeddings_with_norms(layer: Layer, product: LowRank) -> Change:
     """Return DoRA of embeddings: every column ``[v]`` is brought to a norm."""
-    columns = Weight(layer.weight.tensor, transposed=True)
+    columns = Weight(layer.weight.tensor, transposed=not layer.weight.transposed)
     norms = row_norms(columns, product.turned())
     return Scaled(product, columns=ratio(layer.array(MAGNITUDE), norms))
 

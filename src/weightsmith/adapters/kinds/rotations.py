@@ -224,8 +224,8 @@ _DEPENDENT = 1e-6
     ),
     check=_check_hra,
     by_rows=True,
-    source="Yuan, Liu and Xu, Bridging the gap between low-rank and orthogonal adaptation via Householder reflection, "
-    "NeurIPS 2024, arXiv:2405.17484",
+    source="Yuan, Liu and Xu, Bridging the gap between low-rank and orthogonal adaptation via Householder reflection "
+    "adaptation, NeurIPS 2024, arXiv:2405.17484",
 )
 def hra(layer: Layer) -> Change:
     """HRA: ``W H_1 H_2 ... H_r``, Householder reflections ``H_i = I - 2 u_i u_i^T`` with ``u_i`` of length one.
