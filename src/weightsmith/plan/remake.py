@@ -12,6 +12,7 @@ from weightsmith.plan.output import Output
 _MAKERS = {
     "bundle": "weightsmith.bundle.create",
     "reparameterized": "weightsmith.reparameterized.recipe",
+    "convert": "weightsmith.adapters.layouts.converted",
 }
 
 
