@@ -5,7 +5,9 @@ from __future__ import annotations
 from weightsmith.cli.lazy import LazyGroup
 
 # Verb -> what it does, in one line.
-_VERBS: dict[str, str] = {}
+_VERBS: dict[str, str] = {
+    "convert": "Write an adapter in another layout: peft, kohya, diffusers, mlx.",
+}
 
 command = LazyGroup(
     "adapter",

@@ -109,8 +109,12 @@ def shard_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def writing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of all commands that write a model or bundle: shards, threads, an existing target, progress."""
+    return shard_option(target_options(function))
+
+
+def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of commands that write what is never divided into shards."""
     options = [
-        shard_option,
         click.option("--threads", type=click.IntRange(min=1), help="Threads to use; by default one per core."),
         click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is whole."),
         click.option("--restart", is_flag=True, help="Discard what an unfinished run left, and begin anew."),
