@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weightsmith import bundle
+    from weightsmith import adapters, bundle
     from weightsmith.api import average, diff, fuse, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.engine.arrays import merge_arrays
@@ -63,7 +63,7 @@ _HOMES = {
 }
 
 # Public names that are modules.
-_ROOMS = ("bundle",)
+_ROOMS = ("adapters", "bundle")
 
 __all__ = [
     "Block",
@@ -75,6 +75,7 @@ __all__ = [
     "Sweep",
     "WeightsmithError",
     "__version__",
+    "adapters",
     "average",
     "bundle",
     "diff",

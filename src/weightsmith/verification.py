@@ -18,13 +18,14 @@ from weightsmith.checkpoint.manifest import (
     hash_file,
     hash_of,
     hash_range,
+    hash_texts,
     join_parts,
     manifest_of,
     manifest_text,
     read_manifest,
     steps,
 )
-from weightsmith.checkpoint.safetensors import StoredTensor, read_header
+from weightsmith.checkpoint.safetensors import StoredTensor, read_header, read_metadata
 from weightsmith.checkpoint.storage import LocalSource, check_inside
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper, default_threads
@@ -228,7 +229,9 @@ class _Verifying:
         if self.only is None:
             return hash_of(header) == self.manifest.files.get(file)
         # A header cannot hold its own hash; but it can be written anew, and must come out the same.
-        return header == make_header(ordered, metadata={MANIFEST_KEY: self.only})[0]
+        texts = {key: text for key, text in read_metadata(source).items() if key not in ("format", MANIFEST_KEY)}
+        again = make_header(ordered, metadata={**texts, MANIFEST_KEY: self.only})[0]
+        return header == again and hash_texts(texts) == self.manifest.files
 
     def _compare(self, present: Mapping[str, StoredTensor], threads: int, listener: ProgressListener) -> None:
         def blocks() -> Iterator[tuple[str, StoredTensor, int, int]]:

@@ -14,6 +14,7 @@ from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, find
 from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
 from weightsmith.adapters.layer import Weight
+from weightsmith.adapters.layouts.normal import normalize
 from weightsmith.adapters.replicated import replicated
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
@@ -196,7 +197,7 @@ def fold(
     shares = [1.0] * len(given) if weights is None else list(weights)
     folding = _Folding(replicated(base, given))
     for adapter, share in zip(given, shares, strict=True):
-        folding.add(Adapter(adapter), share)
+        folding.add(Adapter(normalize(adapter, base)), share)
     files = dict(base.companions.files)
     for adapter in given:
         files |= adapter.companions.files

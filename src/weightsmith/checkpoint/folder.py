@@ -53,6 +53,12 @@ _NOT_COMPANIONS = {
     MANIFEST_FILE,
     BUNDLE_FILE,
 }
+# One file of weights, of a model or of an adapter (PEFT's, diffusers', MLX-LM's).
+_SINGLE = r"(?:(?:pytorch_|diffusion_pytorch_|adapter_)?model|pytorch_lora_weights|adapters)"
+# Where the config of an adapter of several models has that of each.
+COMPONENTS = "components"
+# The models of a diffusers pipeline for which there are adapters.
+_COMPONENT = re.compile(r"unet|transformer(_2)?|text_encoder(_[23])?|prior|controlnet")
 _TEMPLATES = "additional_chat_templates"
 _LARGEST_INDEX = 64_000_000
 _LARGEST_CONFIG = 16_000_000
@@ -81,9 +87,43 @@ def open_weights(path: str, name: str) -> Checkpoint:
         )
     if "model_index.json" in entries:
         return _open_pipeline(path, name, entries)
+    adapted = _adapted(path, entries)
+    if adapted:
+        return _open_adapters(path, name, adapted)
     tensors, identities = read_folder(path, entries)
-    adapter = "adapter_config.json" in entries and not _has_model(entries)
+    adapter = not _has_model(entries) and ("adapter_config.json" in entries or _is_adapter(tensors))
     return Checkpoint(name, tensors, _companions(path, entries, adapter=adapter), tuple(identities), is_adapter=adapter)
+
+
+def _is_adapter(tensors: Mapping[str, Tensor]) -> bool:
+    # What the names of adapters' tensors are is known where adapters are.
+    from weightsmith.adapters.layouts.parts import is_adapter
+
+    return is_adapter(tensors)
+
+
+def _adapted(path: str, entries: list[str]) -> list[str]:
+    """Return the folders of an adapter of several models of a pipeline: one in PEFT's layout for each model."""
+    if any(is_weights(entry) for entry in entries):
+        return []
+    known = [entry for entry in entries if _COMPONENT.fullmatch(entry)]
+    return [entry for entry in known if "adapter_config.json" in list_folder(join(path, entry))]
+
+
+def _open_adapters(path: str, name: str, components: list[str]) -> Checkpoint:
+    """Open an adapter of several models: the folder of each prefixes its tensors' names, and holds its config."""
+    tensors: dict[str, Tensor] = {}
+    identities: list[Identity] = []
+    configs = {}
+    for entry in components:
+        check_inside(path, entry)
+        folder = join(path, entry)
+        found, facts = read_folder(folder, list_folder(folder))
+        tensors |= {f"{entry}/{key}": tensor for key, tensor in found.items()}
+        identities += facts
+        configs[entry] = _read_json(folder, "adapter_config.json", _LARGEST_CONFIG)
+    companions = Companions({COMPONENTS: configs})
+    return Checkpoint(name, tensors, companions, tuple(identities), tuple(components), is_adapter=True)
 
 
 def _has_model(entries: list[str]) -> bool:
@@ -96,7 +136,7 @@ def _open_file(path: str, name: str) -> Checkpoint:
     if not is_url(path) and os.path.isdir(path):
         raise CheckpointError(f"the folder {path} is empty")
     tensors, identity = _read_file(path)
-    return Checkpoint(name, _ordered(tensors), identities=(identity,))
+    return Checkpoint(name, _ordered(tensors), identities=(identity,), is_adapter=_is_adapter(tensors))
 
 
 def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
@@ -143,9 +183,9 @@ def read_folder(path: str, entries: list[str]) -> Found:
         plain = [e for e in indexes if e.endswith(f".{ending}.index.json")]
         if plain:
             return _read_indexed(path, plain[0])
-        single = [e for e in candidates if re.fullmatch(rf"(pytorch_|diffusion_pytorch_|adapter_)?model\.{ending}", e)]
+        single = [e for e in candidates if re.fullmatch(rf"{_SINGLE}\.{ending}", e)]
         if single:
-            chosen = next((e for e in single if not e.startswith("adapter_")), single[0])
+            chosen = next((e for e in single if not e.startswith(("adapter", "pytorch_lora"))), single[0])
             return _read_files(path, [chosen])
         if indexes:
             return _read_indexed(path, indexes[0])

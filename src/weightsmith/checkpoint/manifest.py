@@ -29,6 +29,8 @@ from weightsmith.checkpoint.storage import LocalSource, Source, is_file_name, op
 from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
 MANIFEST_FILE = "weightsmith.json"
+# What a manifest in a header calls the other texts there.
+_TEXTS = "metadata"
 MANIFEST_KEY = "weightsmith"
 FORMAT = 1
 UNKNOWN = "0" * 32
@@ -245,6 +247,11 @@ def _entry(value: Any) -> Entry:
 def hash_of(content: Any) -> str:
     """Return the XXH3 hash of bytes: 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def hash_texts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the entry by which a file's manifest knows the other texts of its header; none where there are none."""
+    return {_TEXTS: hash_of(json.dumps(sorted(metadata.items())).encode())} if metadata else {}
 
 
 def hash_file(path: Path) -> str:

@@ -7,6 +7,7 @@ from weightsmith.cli.lazy import LazyGroup
 # Verb -> what it does, in one line.
 _VERBS: dict[str, str] = {
     "init": "Make an adapter to begin a training with.",
+    "convert": "Write an adapter in another layout: peft, kohya, diffusers, mlx.",
 }
 
 command = LazyGroup(

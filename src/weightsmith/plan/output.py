@@ -8,14 +8,14 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from weightsmith import __version__, dtypes
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
-from weightsmith.checkpoint.manifest import MANIFEST_KEY
+from weightsmith.checkpoint.manifest import MANIFEST_KEY, hash_texts
 from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
@@ -78,6 +78,10 @@ class Output(Checkpoint):
                 known |= one.owners()
         return known
 
+    def metadata(self) -> Mapping[str, str]:
+        """Return texts for the headers of all files of weights."""
+        return {}
+
     @abstractmethod
     def parts(self) -> Sequence[Part]:
         """Return the models whose files the output is made of."""
@@ -110,7 +114,7 @@ class Output(Checkpoint):
         with uncollected():
             tasks = tuple(Task(name, self._written.get(name, tensor.dtype), tensor) for name, tensor in self.items())
             recipe = self.to_yaml()
-            metadata = None
+            metadata = dict(self.metadata())
             if file is not None:
                 # One file holds all there is to say of it in its header, where a place is kept for the hashes.
                 kept = describe(
@@ -122,7 +126,7 @@ class Output(Checkpoint):
                     inputs=self.identities,
                     contents=contents or {},
                 )
-                metadata = {MANIFEST_KEY: kept.to_text()}
+                metadata[MANIFEST_KEY] = replace(kept, files=hash_texts(self.metadata())).to_text()
             return Plan(
                 tasks,
                 lay_out(tasks, self.parts(), shard_size, file, metadata),
@@ -220,7 +224,8 @@ class Output(Checkpoint):
             notes: list[str] = []
             with staging.writing():
                 if single:
-                    write_into_header(plan, staging.content / path.name, manifest)
+                    manifest = replace(manifest, files=hash_texts(self.metadata()))
+                    write_into_header(plan, staging.content / path.name, manifest, self.metadata())
                 else:
                     write_indexes(plan, staging.content)
                     notes = self.write_beside(staging.content, plan)

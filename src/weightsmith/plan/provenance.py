@@ -99,8 +99,14 @@ def write_manifest(plan: Plan, content: Path, manifest: Manifest) -> None:
     (content / MANIFEST_FILE).write_text(complete.to_text() + "\n", "ascii")
 
 
-def write_into_header(plan: Plan, path: Path, manifest: Manifest) -> None:
+def write_into_header(plan: Plan, path: Path, manifest: Manifest, metadata: Mapping[str, str]) -> None:
     """Write the manifest of a single file into its header, in the place that was kept for it.
+
+    Args:
+        plan: the plan.
+        path: the file.
+        manifest: the manifest.
+        metadata: the other texts of the header.
 
     Raises:
         OSError: if it cannot be written.
@@ -108,7 +114,7 @@ def write_into_header(plan: Plan, path: Path, manifest: Manifest) -> None:
     (shard,) = plan.layout.shards
     by_name = {task.name: task for task in plan.tasks}
     ordered = [by_name[name] for name in shard.tensors]
-    header, _ = make_header(ordered, metadata={MANIFEST_KEY: manifest.to_text()})
+    header, _ = make_header(ordered, metadata={**metadata, MANIFEST_KEY: manifest.to_text()})
     assert len(header) == len(shard.header), "a manifest's length must not depend on its hashes"
     with path.open("r+b") as file:
         file.write(header)

@@ -14,6 +14,7 @@ _MAKERS = {
     "reparameterized": "weightsmith.reparameterized.recipe",
     "extract": "weightsmith.extraction.create",
     "initialize": "weightsmith.initialization.create",
+    "convert": "weightsmith.adapters.layouts.converted",
 }
 
 

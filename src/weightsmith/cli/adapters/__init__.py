@@ -1,1 +1,1 @@
-"""The commands of ``weightsmith adapter``: one file per verb."""
+"""The verbs of ``weightsmith adapter``, a module each."""
