@@ -16,7 +16,8 @@ import pytest
 import weightsmith as ws
 from conftest import write_safetensors
 from weightsmith.adapters.change import LowRank
-from weightsmith.adapters.fold import FoldedTensor, fold
+from weightsmith.adapters.fold import fold
+from weightsmith.adapters.folded import FoldedTensor
 from weightsmith.adapters.kinds.spectrum import shuffled
 from weightsmith.adapters.layer import Weight
 from weightsmith.adapters.norms import row_norms

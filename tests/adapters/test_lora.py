@@ -14,7 +14,7 @@ import pytest
 import weightsmith as ws
 from conftest import write_safetensors
 from weightsmith.adapters.change import LowRank
-from weightsmith.adapters.fold import FoldedTensor, Term
+from weightsmith.adapters.folded import FoldedTensor, Term
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError, PlanError
 
@@ -207,3 +207,15 @@ def test_an_adapter_of_another_model_is_refused(write_model, tmp_path, module, d
     adapter = write_adapter(tmp_path / "lora", factors(module, down, (8, RANK)))
     with pytest.raises(PlanError, match=message):
         ws.open(f"{write_model('base', base_tensors())}+{adapter}")
+
+
+def test_names_may_lack_first_parts_as_long_as_one_tensor_is_meant(write_model, tmp_path):
+    """Wrappers of a model put words before the names of its layers."""
+    base = {"model.text.layers.0.q.weight": np.ones((8, 6), np.float32)}
+    given = factors("layers.0.q", (RANK, 6), (8, RANK))
+    adapter = write_adapter(tmp_path / "lora", given)
+    folded = ws.open(f"{write_model('base', base)}+{adapter}")["model.text.layers.0.q.weight"].numpy()
+    np.testing.assert_allclose(folded, 1 + ALPHA / RANK * change(given, "layers.0.q"), rtol=1e-5, atol=1e-5)
+    two = base | {"model.vision.layers.0.q.weight": np.ones((8, 6), np.float32)}
+    with pytest.raises(PlanError, match="changes layers.0.q.weight, which .* does not have"):
+        ws.open(f"{write_model('two', two)}+{adapter}")

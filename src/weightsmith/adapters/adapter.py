@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import permutations
 
 from weightsmith import dtypes
@@ -17,6 +18,8 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, PlanError, did_you_mean
 
 PREFIX = "base_model.model."
+# First parts of names that an adapter may lack.
+_MOST_FIRST_PARTS = 4
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 # Of one module, that target_parameters names: all orders of them are tried.
 _MOST_PARAMETERS = 6
@@ -340,19 +343,43 @@ def plain_name(key: str) -> str:
     return re.sub(r"\.modules_to_save(\.default)?\.", ".", key)
 
 
-def find(name: str, base: Checkpoint, adapter: str) -> str:
-    """Return the base's name of a tensor; with or without the first parts, which wrappers of a model add.
+class Names:
+    """The tensors of a base by their names, with or without the first parts, which wrappers of a model add."""
 
-    Raises:
-        PlanError: if the base has no such tensor.
-    """
-    for candidate in (name, name.partition(".")[2]):
-        if candidate in base:
-            return candidate
-    longer = [known for known in base if known.endswith(f".{name}")]
-    if len(longer) == 1:
-        return longer[0]
-    raise PlanError(f"{adapter} changes {name}, which {base.name} does not have{did_you_mean(name, base)}")
+    def __init__(self, base: Checkpoint) -> None:
+        """Look at a base's names."""
+        self._base = base
+
+    @cached_property
+    def _endings(self) -> dict[str, str | None]:
+        """What names end with -> the name; None where several do."""
+        known: dict[str, str | None] = {}
+        for name in self._base:
+            words = name.split(".")
+            for first in range(1, min(len(words), _MOST_FIRST_PARTS + 1)):
+                ending = ".".join(words[first:])
+                known[ending] = None if ending in known else name
+        return known
+
+    def find(self, name: str, adapter: str) -> str:
+        """Return the base's name of a tensor.
+
+        Args:
+            name: as an adapter has it.
+            adapter: the adapter's name, for errors.
+
+        Raises:
+            PlanError: if the base has no such tensor.
+        """
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in self._base:
+                return candidate
+        longer = self._endings.get(name)
+        if longer is not None:
+            return longer
+        raise PlanError(
+            f"{adapter} changes {name}, which {self._base.name} does not have{did_you_mean(name, self._base)}"
+        )
 
 
 def _either(names: Iterable[Iterable[str]]) -> str:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from weightsmith import dtypes
-from weightsmith.adapters.adapter import Adapter, find
-from weightsmith.adapters.change import Added, Change, LowRank, Rows, Whole
+from weightsmith.adapters.adapter import Adapter, Names
+from weightsmith.adapters.change import Rows, Whole
+from weightsmith.adapters.folded import FoldedTensor, Term
 from weightsmith.adapters.layer import Weight
 from weightsmith.adapters.layouts.normal import normalize
 from weightsmith.adapters.replicated import replicated
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
-from weightsmith.checkpoint.recent import RECENT, Recent
-from weightsmith.checkpoint.rows import FLOAT64, read_wide, tile_rows, tiled
+from weightsmith.checkpoint.rows import FLOAT64, read_wide
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import PlanError
-from weightsmith.kernels.convert import narrow
 
 # The head of models that give each token its chance, as transformers names it.
 _HEAD = "lm_head.weight"
@@ -34,136 +32,6 @@ _CONV1D = {"gpt2", "imagegpt", "openai-gpt", "decision_transformer"}
 _SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
 # Models of transformers whose experts are stored as [experts, in, out]; only square ones do not tell by their shapes.
 _EXPERTS_TURNED = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
-# Bytes for an element of a tensor that is worked on whole.
-_WHOLE = 32
-# Tiles of changes that cost more than a product of factors are kept for the blocks that share them, a few at a time.
-_WIDER = 4
-_TILES = Recent(32_000_000)
-
-
-@dataclass(frozen=True)
-class Term:
-    """What one adapter does to a tensor.
-
-    Attributes:
-        weight: how much of it is taken: 1 for all.
-        make: reads what the adapter holds, and returns the change.
-        nbytes: about how many bytes the change takes.
-        whole: whether it needs the whole tensor at once.
-    """
-
-    weight: float
-    make: Callable[[], Change]
-    nbytes: int = 0
-    whole: bool = False
-
-
-class FoldedTensor(Tensor):
-    """A base's tensor with what adapters do to it: ``W + sum_i w_i (f_i(W) - W)``.
-
-    Rows are formed in tiles that the shape alone decides, not the stretch asked for: a matrix product sums in an order
-    of its own for every number of rows. They are formed in float64, so that the order that a machine's BLAS prefers is
-    lost when the result is rounded.
-
-    Attributes:
-        base: the base's tensor.
-        terms: what adapters do to it.
-    """
-
-    def __init__(self, base: Tensor, terms: Sequence[Term], *, transposed: bool = False) -> None:
-        """Combine a tensor with changes.
-
-        Args:
-            base: the base's tensor; the first axis is the rows that changes speak of, or the last, if transposed.
-            terms: what adapters do to it.
-            transposed: whether the base stores the layer's weight as ``[in, out]``.
-        """
-        self.name = base.name
-        self.shape = base.shape
-        self.dtype = base.dtype
-        self.base = base
-        self.terms = tuple(terms)
-        self.whole = base.whole or any(term.whole for term in terms)
-        # Whole: the base, what it becomes, and what is kept of that, or more of what a method needs on its way.
-        own = base.size * _WHOLE if self.whole else 0
-        self.held = base.held + own + sum(term.nbytes for term in terms)
-        self._transposed = transposed
-        self._view = Weight(base)
-
-    def read(self, start: int, stop: int) -> Array:
-        """See :meth:`Tensor.read`; rounded to the base's dtype."""
-        return narrow(self.read_wide(start, stop), self.dtype)
-
-    def read_wide(self, start: int, stop: int) -> Array:
-        """Return elements ``start`` to ``stop``, not in the base's dtype: ``[n]``, float32 (float64 if the base is)."""
-        working = dtypes.working_dtype([self.dtype])
-        product = self.low_rank()
-        if product is not None:
-            added = tiled(start, stop, product.right.shape[1], len(product.left), product.delta)
-            return narrow(read_wide(self.base, start, stop) + added, working)
-        changes = self._changes()
-        if any(change.whole for change in changes):
-            (whole,) = RECENT.get(self, lambda: (narrow(self._whole(changes).reshape(-1), working),), "whole")
-            return whole[start:stop]
-        return narrow(self._of_tiles(changes, start, stop), working)
-
-    def low_rank(self) -> LowRank | None:
-        """Return the product of two factors that is added, in the shape that is stored; None if it is no such product.
-
-        Returns:
-            Factors ``[rows, rank]`` and ``[rank, columns]``, of the matrix ``[first axis, everything else]``.
-        """
-        changes = self._changes()
-        products = [change for change in changes if isinstance(change, LowRank)]
-        if len(products) < len(changes):
-            return None
-        if len(products) == 1 and self.terms[0].weight == 1:
-            return products[0]
-        return RECENT.get(self, partial(self._product, products), "product")[0]
-
-    def _product(self, products: Sequence[LowRank]) -> tuple[LowRank]:
-        left = np.concatenate([one.left * term.weight for one, term in zip(products, self.terms, strict=True)], axis=1)
-        right = np.concatenate([one.right for one in products])
-        return (LowRank(left, right),)
-
-    def _changes(self) -> tuple[Change, ...]:
-        """Return the changes of the matrix that is stored."""
-        return RECENT.get(self, lambda: tuple(self._made(term) for term in self.terms))
-
-    def _made(self, term: Term) -> Change:
-        change = term.make()
-        return (change.turned() or _Turned(change)) if self._transposed else change
-
-    def _of_tiles(self, changes: Sequence[Change], start: int, stop: int) -> Array:
-        rows, width = self._view.sides
-        # Rows longer than a tile, as those of experts are, are taken one at a time.
-        step = tile_rows(width) * (_WIDER if tile_rows(width) > 1 else 1)
-
-        def made(first: int) -> tuple[Array]:
-            last = min(first + step, rows)
-            base = read_wide(self.base, first * width, last * width).reshape(last - first, width)
-            return (self._changed(changes, base, first).reshape(-1),)
-
-        result = np.empty(stop - start)
-        for first in range(start // width // step * step, -(-stop // width), step):
-            (tile,) = _TILES.get(self, partial(made, first), first)
-            begin, end = max(start, first * width), min(stop, first * width + len(tile))
-            result[begin - start : end - start] = tile[begin - first * width : end - first * width]
-        return result
-
-    def _whole(self, changes: Sequence[Change]) -> Array:
-        return self._changed(changes, self._view.matrix(), 0)
-
-    def _changed(self, changes: Sequence[Change], base: Array, start: int) -> Array:
-        if len(changes) == 1 and self.terms[0].weight == 1:
-            return changes[0].rows(base, start)
-        total = base.copy()
-        for term, change in zip(self.terms, changes, strict=True):
-            if isinstance(change, Added):
-                total += term.weight * change.delta(start, start + len(base))
-            else:
-                total += term.weight * (change.rows(base, start) - base)
-        return total
 
 
 def fold(
@@ -215,6 +83,7 @@ class _Folding:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
+        self._names = Names(base)
         self.config: Mapping[str, Any] = base.config
         self._terms: dict[str, list[Term]] = {}
         self._transposed: dict[str, bool] = {}
@@ -232,12 +101,15 @@ class _Folding:
             self._add_plain(adapter, name, adapter.plain[name], weight)
         square = adapter.transposed or self.config.get("model_type") in _EXPERTS_TURNED
         sides = {module: self._sides(adapter, module) for module in adapter.modules}
+        alike: dict[str, set[bool]] = {}
+        for module, known in sides.items():
+            alike.setdefault(module.rpartition(".")[2], set()).update(() if known is None else (known,))
+        anywhere = set().union(*alike.values())
         for module, known in sides.items():
             # Of a square matrix its namesakes in other layers tell, then all others, and at last the config, which PEFT
             # sets by the layer that it met last.
-            alike = {sides[other] for other in sides if other.rpartition(".")[2] == module.rpartition(".")[2]}
-            told = next((one for one in (alike, set(sides.values())) if len(one - {None}) == 1), {square})
-            (likely,) = told - {None}
+            told = next((one for one in (alike[module.rpartition(".")[2]], anywhere) if len(one) == 1), {square})
+            (likely,) = told
             self._add_layer(adapter, module, weight, transposed=bool(likely if known is None else known))
         for name, tensor in adapter.plain.items():
             if name not in longer:
@@ -350,7 +222,7 @@ class _Folding:
         if is_head(name) and name not in self._base and not adapter.saves(name):
             source = tied_source(name, self._base)
             others = set(adapter.plain) - {name}
-            if source is not None and any(find(one, self._base, adapter.name) == source for one in others):
+            if source is not None and any(self._names.find(one, adapter.name) == source for one in others):
                 # Saved with the embeddings that it is tied to.
                 return
         target = self._target(adapter, name)
@@ -387,7 +259,7 @@ class _Folding:
             if source is not None:
                 self._untie(adapter, name, source)
                 return name
-        return find(name, self._base, adapter.name)
+        return self._names.find(name, adapter.name)
 
     def _keep_head(self, adapter: Adapter, target: str) -> None:
         """Give a head of its own to a model whose head is its embeddings, where an adapter changes those alone."""
@@ -420,17 +292,6 @@ def _with_rows(places: tuple[int, ...], given: Tensor) -> Rows:
         return changed
 
     return Rows(rows, [new, at])
-
-
-class _Turned(Whole):
-    """What a change makes of a matrix whose transpose is stored."""
-
-    def __init__(self, change: Change) -> None:
-        def whole(base: Array) -> Array:
-            return np.ascontiguousarray(change.rows(np.ascontiguousarray(base.T), 0).T)
-
-        super().__init__(whole)
-        self._nbytes = change.nbytes
 
 
 class _Replaced(Rows):

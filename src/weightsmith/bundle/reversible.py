@@ -13,7 +13,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from weightsmith.adapters.change import LowRank
-from weightsmith.adapters.fold import FoldedTensor
+from weightsmith.adapters.folded import FoldedTensor
 from weightsmith.bundle.description import Entry
 from weightsmith.bundle.identical import identical
 from weightsmith.bundle.kind import Group, Kind, Made, Stored, Survey, shared_name, task_name

@@ -14,7 +14,7 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.adapters.change import Change, LowRank
-from weightsmith.adapters.fold import FoldedTensor, Term
+from weightsmith.adapters.folded import FoldedTensor, Term
 from weightsmith.architecture.stacks import analyse
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
