@@ -263,6 +263,45 @@ def folded(base: dict[str, Any], tensors: dict[str, Any]) -> Checkpoint:
     return fold(memory(base, "base"), memory(tensors, is_adapter=True))
 
 
+_STEM = "lora_unet_conv_in"
+
+
+def _loha() -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    parts = [draw(*shape, seed=i) for i, shape in enumerate(((6, 2), (2, 4), (6, 2), (2, 4)))]
+    named = dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), parts, strict=True))
+    a, b, c, d = (part.astype(np.float64) for part in parts)
+    return named | {"alpha": np.array(3, np.float32)}, 3 / 2 * (a @ b) * (c @ d)
+
+
+def _lokr() -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    w1, a, b = draw(2, 2), draw(3, 1), draw(1, 2)
+    expected = 5 / 1 * np.kron(w1.astype(np.float64), a.astype(np.float64) @ b)
+    return {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": np.array(5, np.float32)}, expected
+
+
+def _lokr_of_whole_factors() -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    """LyCORIS takes no notice of alpha where both factors are whole."""
+    w1, w2 = draw(2, 2), draw(3, 2)
+    return {"lokr_w1": w1, "lokr_w2": w2, "alpha": np.array(5, np.float32)}, np.kron(w1.astype(np.float64), w2)
+
+
+@pytest.mark.parametrize("make", [_loha, _lokr, _lokr_of_whole_factors])
+def test_lycoris_kinds_fold_as_lycoris_computes_them(make):
+    tensors, change = make()
+    base = {"conv_in.weight": draw(6, 4, seed=7)}
+    result = folded(base, {f"{_STEM}.{part}": value for part, value in tensors.items()})
+    np.testing.assert_allclose(result["conv_in.weight"].numpy(), base["conv_in.weight"] + change, atol=1e-5)
+
+
+@pytest.mark.parametrize(("on_input", "length"), [(0, 6), (1, 4)])
+def test_lycoris_ia3_folds_as_lycoris_computes_it(on_input, length):
+    base = {"conv_in.weight": draw(6, 4, seed=7)}
+    weight = draw(length)
+    result = folded(base, {f"{_STEM}.weight": weight, f"{_STEM}.on_input": np.array(on_input)})
+    factors = 1 + (weight[None, :] if on_input else weight[:, None])
+    np.testing.assert_allclose(result["conv_in.weight"].numpy(), base["conv_in.weight"] * factors, atol=1e-6)
+
+
 @pytest.mark.parametrize("scheme", ["kohya", "comfy", "xlabs"])
 def test_a_lora_on_joined_matrices_is_one_on_each(scheme):
     """The factors are dense: every part takes rows of B, and all of A."""
