@@ -11,15 +11,17 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from weightsmith.adapters.combine.registry import all_combiners
 from weightsmith.adapters.registry import NOT_IN_FILE, NOT_WEIGHTS, Parameterization, all_parameterizations
 from weightsmith.bundle.kind import kinds
 from weightsmith.cli.main import cli
+from weightsmith.methods.parameters import Parameter
 from weightsmith.methods.registry import all_methods
 from weightsmith.recipe.json_schema import json_schema
 from weightsmith.reparameterized.fold import KINDS
@@ -109,16 +111,42 @@ def methods_page() -> str:
         lines += [f"**Cost:** {method.cost}", ""]
         if method.properties:
             lines += [f"**Properties:** {', '.join(sorted(method.properties))}", ""]
-        if method.parameters:
-            lines += ["| parameter | | default | values | meaning |", "|---|---|---|---|---|"]
-        for p in method.parameters.values():
-            default = "**required**" if p.required else f"`{_yaml(p.default)}`"
-            scope = "per model" if p.per_model else ""
-            about = p.about.description.replace("|", "\\|")
-            lines.append(f"| `{p.name}` | {scope} | {default} | {p.range_text} | {about} |")
+        lines += _parameters(method.parameters.values())
         for tool, values in method.compat.items():
             given = ", ".join(f"`{name}: {_yaml(value)}`" for name, value in values.items())
             lines += ["", f"With `compat: {tool}`: {given}."]
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(parameters: Collection[Parameter]) -> list[str]:
+    """Return the table of parameters; nothing if there are none."""
+    lines = ["| parameter | | default | values | meaning |", "|---|---|---|---|---|"] if parameters else []
+    for p in parameters:
+        default = "**required**" if p.required else f"`{_yaml(p.default)}`"
+        scope = "per model" if p.per_model else ""
+        about = p.about.description.replace("|", "\\|")
+        lines.append(f"| `{p.name}` | {scope} | {default} | {p.range_text} | {about} |")
+    return lines
+
+
+def combining_page() -> str:
+    """Return the reference of methods that combine adapters, from their registry."""
+    combiners = all_combiners().values()
+    lines = [
+        "# Methods for adapters",
+        "",
+        "The methods of `weightsmith adapter merge` that are made for adapters; `--explain` prints the same. Those of "
+        "[Methods](methods.md) that work on task vectors work on the deltas of adapters too. How they are used: "
+        "[Adapters](../guide/adapters.md#combine-adapters).",
+        "",
+        "| method | |",
+        "|---|---|",
+    ]
+    lines += [f"| [{one.name}](#{one.name}) | {one.summary.replace('``', '`')} |" for one in combiners]
+    for one in combiners:
+        lines += ["", f"## {one.name}", "", one.about.replace("``", "`"), "", f"**Source:** {one.source}"]
+        if one.parameters:
+            lines += ["", *_parameters(one.parameters.values())]
     return "\n".join(lines) + "\n"
 
 
@@ -265,6 +293,7 @@ PAGE_MAKERS = (
     ("adapters", adapters_page),
     ("bundles", bundles_page),
     ("reparameterized", reparameterized_page),
+    ("combining", combining_page),
     ("cli", cli_page),
 )
 

@@ -51,13 +51,17 @@ class Added(Change):
             delta: returns rows ``start`` to ``stop`` of it: ``[n, columns]``, float64.
             arrays: what it is made from, which is held.
         """
-        self.delta = delta
+        self._delta = delta
         self._nbytes = sum(array.nbytes for array in arrays)
 
     @property
     def nbytes(self) -> int:
         """See :attr:`Change.nbytes`."""
         return self._nbytes
+
+    def delta(self, start: int, stop: int) -> Array:
+        """Return rows ``start`` to ``stop`` of the matrix: ``[n, columns]``, float64."""
+        return self._delta(start, stop)
 
     def rows(self, base: Array, start: int) -> Array:
         """See :meth:`Change.rows`."""
@@ -75,7 +79,8 @@ class LowRank(Added):
 
     def __init__(self, left: Array, right: Array) -> None:
         """Multiply two matrices, when rows are asked for."""
-        super().__init__(self._product, [left, right])
+        # A function of its own would hold the product that holds it: such rings are freed late, and factors are large.
+        super().__init__(lambda start, stop: left[start:stop] @ right, [left, right])
         self.left = left
         self.right = right
 
@@ -87,10 +92,6 @@ class LowRank(Added):
     def turned(self) -> LowRank:
         """See :meth:`Change.turned`."""
         return LowRank(np.ascontiguousarray(self.right.T), np.ascontiguousarray(self.left.T))
-
-    def _product(self, start: int, stop: int) -> Array:
-        product: Array = self.left[start:stop] @ self.right
-        return product
 
 
 class Scaled(Change):

@@ -72,6 +72,11 @@ class FoldedTensor(Tensor):
         self._transposed = transposed
         self._view = Weight(base)
 
+    @property
+    def view(self) -> Weight:
+        """The base's tensor as the layer uses it."""
+        return Weight(self.base, transposed=self._transposed)
+
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`; rounded to the base's dtype."""
         return narrow(self.read_wide(start, stop), self.dtype)
@@ -102,6 +107,14 @@ class FoldedTensor(Tensor):
         if len(products) == 1 and self.terms[0].weight == 1:
             return products[0]
         return RECENT.get(self, partial(self._product, products), "product")[0]
+
+    def change(self) -> Array:
+        """Return what the adapters add, whole and as the layer uses it: ``[out, everything else]``, float64."""
+        base = self.view.matrix()
+        total = np.zeros_like(base)
+        for term in self.terms:
+            total += term.weight * (term.make().rows(base, 0) - base)
+        return total
 
     def _product(self, products: Sequence[LowRank]) -> tuple[LowRank]:
         left = np.concatenate([one.left * term.weight for one, term in zip(products, self.terms, strict=True)], axis=1)

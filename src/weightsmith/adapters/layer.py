@@ -203,6 +203,11 @@ class Layer:
         return self._shape
 
     @property
+    def known_shape(self) -> Shape | None:
+        """The weight's shape, or None if the adapter alone does not tell it."""
+        return self._shape
+
+    @property
     def rows(self) -> int:
         """Rows of the weight as a matrix ``[out, everything else]``."""
         return self.shape[0]

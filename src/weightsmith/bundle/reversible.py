@@ -13,6 +13,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from weightsmith.adapters.change import LowRank
+from weightsmith.adapters.factors import triples, with_signs
 from weightsmith.adapters.folded import FoldedTensor
 from weightsmith.bundle.description import Entry
 from weightsmith.bundle.identical import identical
@@ -277,13 +278,11 @@ class _Factors:
         u: Array
         product = _product_of(tensor)
         if product is not None and isinstance(tensor, FoldedTensor) and identical(tensor.base, self._group.base):
-            u, s, vt = _triples_of_product(product.left, product.right)
+            u, s, vt = triples(product)
         else:
             dense = dense_change(self._group, task)
-            u, s, vt = leading(xp, dense, self._rank, self._kind.decomposition)
+            u, s, vt = with_signs(*leading(xp, dense, self._rank, self._kind.decomposition))
         u, s, vt = u[:, : self._rank], np.sqrt(s[: self._rank].astype(np.float64)), vt[: self._rank]
-        peaks = np.take_along_axis(u, np.abs(u).argmax(0, keepdims=True), 0)[0]
-        s = np.where(peaks < 0, -s, s)
         left, right = u * s, vt.T * s
         missing = self._rank - left.shape[1]
         return np.pad(left, ((0, 0), (0, missing))), np.pad(right, ((0, 0), (0, missing)))
@@ -297,19 +296,6 @@ def _product_of(tensor: Tensor) -> LowRank | None:
 def _row(which: int, row: int) -> Callable[[tuple[Array, ...]], Array]:
     """Return what picks a row of one of several arrays."""
     return lambda made: made[which][row]
-
-
-def _triples_of_product(left: Array, right: Array) -> tuple[Array, Array, Array]:
-    """Return the singular triples of ``left @ right`` without forming it.
-
-    Args:
-        left: ``[m, r]``, float64.
-        right: ``[r, n]``, float64.
-    """
-    outer, upper = np.linalg.qr(left)
-    inner, lower = np.linalg.qr(right.T)
-    u, s, vt = np.linalg.svd(upper @ lower.T, full_matrices=False)
-    return outer @ u, s, vt @ inner.T
 
 
 class CombinedTensor(Tensor):

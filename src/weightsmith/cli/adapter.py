@@ -6,8 +6,11 @@ from weightsmith.cli.lazy import LazyGroup
 
 # Verb -> what it does, in one line.
 _VERBS: dict[str, str] = {
-    "init": "Make an adapter to begin a training with.",
+    "inspect": "Show what an adapter is, and how much it changes each layer.",
+    "merge": "Combine adapters into one.",
+    "revert": "Restore an adapter that a basis was made of.",
     "convert": "Write an adapter in another layout: peft, kohya, diffusers, mlx.",
+    "init": "Make an adapter to begin a training with.",
 }
 
 command = LazyGroup(

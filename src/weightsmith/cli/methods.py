@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from weightsmith.methods.parameters import Parameter
     from weightsmith.methods.registry import Method
 
 
@@ -60,11 +62,8 @@ def _page(method: Method) -> None:
         click.echo(f"\nRoles: {method.order}")
     if method.parameters:
         click.echo("\nParameters:")
-    for parameter in method.parameters.values():
-        default = "required" if parameter.required else f"default {_yaml(parameter.default)}"
-        scope = ", per model" if parameter.per_model else ""
-        click.echo(f"  {parameter.name}  {parameter.range_text}{scope}; {default}")
-        click.echo(f"      {parameter.about.description}")
+    for line in parameter_lines(method.parameters.values()):
+        click.echo(line)
     facts = [
         ("Also known as", ", ".join(method.also)),
         ("Source", method.source),
@@ -82,6 +81,15 @@ def _page(method: Method) -> None:
             click.echo(f"{title}: {text}")
     click.echo("\nA recipe:\n")
     click.echo(_example(method))
+
+
+def parameter_lines(parameters: Iterable[Parameter]) -> Iterator[str]:
+    """Yield what parameters are, two lines each."""
+    for parameter in parameters:
+        default = "required" if parameter.required else f"default {_yaml(parameter.default)}"
+        scope = ", per model" if parameter.per_model else ""
+        yield f"  {parameter.name}  {parameter.range_text}{scope}; {default}"
+        yield f"      {parameter.about.description}"
 
 
 def _example(method: Method) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 
 from weightsmith.checkpoint.tensor import Array, ArrayTensor
 from weightsmith.dtypes import promote
-from weightsmith.engine.backend import choose_backend
-from weightsmith.engine.evaluate import Evaluator, blocks
+from weightsmith.engine.backend import NUMPY, Backend, choose_backend
+from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn
 from weightsmith.engine.expression import Computed
 from weightsmith.engine.threads import ThreadMapper
 from weightsmith.methods.registry import get_method
@@ -64,11 +64,28 @@ def merge_arrays(
         labels=tuple(labels),
         seed=seed,
     )
-    evaluator = Evaluator(backend=choose_backend(device, backend))
     with ThreadMapper(threads, matrices=tensor.reads == "tensor") as mapper:
-        evaluator.prepare(tensor, mapper)
-        stretches = blocks(tensor.size, tensor.columns, block_size)
-        parts = list(mapper(lambda part: evaluator.result(tensor, *part, tensor.working)[0], stretches))
+        return evaluate(tensor, mapper, block_size=block_size, backend=choose_backend(device, backend))
+
+
+def evaluate(
+    tensor: Computed, mapper: Mapper = in_turn, *, block_size: int = 1 << 17, backend: Backend = NUMPY
+) -> Array:
+    """Compute a tensor whole.
+
+    Args:
+        tensor: what is computed.
+        mapper: runs blocks, in order.
+        block_size: elements to compute at a time; the result does not depend on it.
+        backend: what computes.
+
+    Returns:
+        An array of its shape, in the dtype of its arithmetic.
+    """
+    evaluator = Evaluator(backend=backend)
+    evaluator.prepare(tensor, mapper)
+    stretches = blocks(tensor.size, tensor.columns, block_size)
+    parts = list(mapper(lambda part: evaluator.result(tensor, *part, tensor.working)[0], stretches))
     if not parts:
         return np.zeros(tensor.shape, tensor.working)
     return np.concatenate(parts).reshape(tensor.shape)

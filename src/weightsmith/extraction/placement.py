@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weightsmith.adapters.patterns import Patterns
 from weightsmith.architecture.config import is_head, tied_embeddings, tied_source
 from weightsmith.checkpoint.reference import parse_reference
 from weightsmith.errors import RecipeError
@@ -157,9 +158,20 @@ def _reaches(listed: Collection[str], path: str) -> bool:
 
 
 def patterns(values: Mapping[str, int], default: int) -> dict[str, int]:
-    """Return the modules whose value is not the default, longer names first: PEFT takes the first that fits."""
-    differing = [module for module, value in values.items() if value != default]
-    return {module: values[module] for module in sorted(differing, key=len, reverse=True)}
+    """Return a ``rank_pattern`` by which PEFT finds every module's rank.
+
+    PEFT takes the first pattern that fits a name or what follows one of its dots, and a dot in it fits any letter. So
+    longer names come first, and of those as long the ones with fewer dots: then no other name's pattern is met before a
+    module's own. A module of the default rank that another's pattern fits is listed too.
+    """
+    others = {module: value for module, value in values.items() if value != default}
+    if not others:
+        return {}
+    known = Patterns(dict(_ordered(others)))
+    others |= {
+        module: rank for module, rank in values.items() if rank == default and known.value(module, default) != default
+    }
+    return {module: int(rank) for module, rank in _ordered(others)}
 
 
 def most_common(values: Iterable[int]) -> int:
@@ -212,3 +224,7 @@ def base_of(reference: str) -> dict[str, str | None]:
 def config_text(config: Mapping[str, Any]) -> str:
     """Return a config as the text of its file."""
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _ordered(values: Mapping[str, int]) -> list[tuple[str, float]]:
+    return sorted(values.items(), key=lambda item: (-len(item[0]), item[0].count("."), item[0]))

@@ -10,6 +10,8 @@ from weightsmith.plan.output import Output
 # What a text begins with -> the module whose ``remake(text, threads=…)`` understands it. Recipes of merges have no such
 # key: they are recipes as people write them.
 _MAKERS = {
+    "adapter_merge": "weightsmith.adapters.combine.create",
+    "adapter_revert": "weightsmith.adapters.combine.create",
     "bundle": "weightsmith.bundle.create",
     "reparameterized": "weightsmith.reparameterized.recipe",
     "extract": "weightsmith.extraction.create",

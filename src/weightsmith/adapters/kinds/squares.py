@@ -78,7 +78,12 @@ class _Repeated(LowRank):
         chosen = np.zeros((len(which), len(matrix)))
         chosen[np.arange(len(which)), which] = 1
         super().__init__(chosen, matrix)
-        self.delta = lambda start, stop: matrix[which[start:stop]]
+        self._which = which
+
+    def delta(self, start: int, stop: int) -> Array:
+        """See :meth:`Added.delta`."""
+        rows: Array = self.right[self._which[start:stop]]
+        return rows
 
 
 def _sides(length: int, side: int, *, in_turn: bool) -> Array:
