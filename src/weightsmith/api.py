@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.reference import with_adapters
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import Plan
 from weightsmith.errors import MethodError, RecipeError
@@ -25,7 +26,6 @@ from weightsmith.recipe.schema import Merge, Recipe
 if TYPE_CHECKING:
     from weightsmith.comparison import Comparison
 
-Source = str | os.PathLike[str] | Checkpoint
 _SOURCES = (str, os.PathLike, Checkpoint)
 
 
@@ -252,7 +252,7 @@ def fuse(
     if isinstance(base, Checkpoint) or any(isinstance(adapter, Checkpoint) for adapter in given):
         from weightsmith.adapters.fold import fold
 
-        model: Source = fold(_opened(base), [_opened(adapter) for adapter in given], shares)
+        model: Source = fold(as_checkpoint(base), [as_checkpoint(adapter) for adapter in given], shares)
     else:
         pairs = [(os.fspath(adapter), share) for adapter, share in zip(given, shares, strict=True)]  # type: ignore[arg-type]
         model = with_adapters(os.fspath(base), pairs)
@@ -294,11 +294,7 @@ def diff(one: Source, other: Source) -> Comparison:
     """
     from weightsmith.comparison import compare
 
-    return compare(_opened(one), _opened(other))
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    return compare(as_checkpoint(one), as_checkpoint(other))
 
 
 class _Inputs:

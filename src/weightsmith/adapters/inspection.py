@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,12 +21,11 @@ from weightsmith.adapters.layer import Layer, Weight
 from weightsmith.adapters.layouts.normal import normalize
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import CheckpointError, PlanError
 from weightsmith.methods.matrices import effective_rank
-
-Source = str | os.PathLike[str] | Checkpoint
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def inspect(adapter: Source, base: Source | None = None, *, threads: int | None 
         CheckpointError: if it is no adapter, cannot be read, or holds what is not finite.
         PlanError: if it does not fit the base.
     """
-    checkpoint = adapter if isinstance(adapter, Checkpoint) else open_checkpoint(adapter)
+    checkpoint = as_checkpoint(adapter)
     if not checkpoint.is_adapter:
         raise CheckpointError(
             f"{checkpoint.name} is no adapter: it has no adapter_config.json; 'weightsmith inspect' shows models"

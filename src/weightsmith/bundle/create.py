@@ -17,13 +17,13 @@ from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE
 from weightsmith.checkpoint.reference import parse_reference
+from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
 from weightsmith.checkpoint.staging import check_target, resolve_target, settle
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.progress import ProgressListener
-from weightsmith.errors import MethodError, OutputError, PlanError, RecipeError
-from weightsmith.recipe.yaml_text import parse
-
-Source = str | os.PathLike[str] | Checkpoint
+from weightsmith.errors import MethodError, PlanError
+from weightsmith.plan.output import check_folder
+from weightsmith.plan.remake import understood
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,20 @@ def create(
         raise MethodError(f"the kind is given with its parameters; {', '.join(parameters)} would change nothing")
     chosen = make_kind(kind, parameters) if isinstance(kind, str) else kind
     path = resolve_target(Path(target))
-    if path.suffix == ".safetensors":
-        raise OutputError(f"{target}: a bundle is a folder; choose a name that does not end in .safetensors")
+    check_folder(target, "a bundle is a folder")
     settle(path)
     check_target(path, overwrite=overwrite)
     named = _named(models)
-    opened = {task: _opened(source) for task, source in named.items()}
+    opened = {task: as_checkpoint(source) for task, source in named.items()}
     recipe = Recipe(
         chosen,
-        _reference(base),
-        {task: _reference(source) for task, source in named.items()},
+        as_reference(base),
+        {task: as_reference(source) for task, source in named.items()},
         base_by_reference,
         dtype,
     )
     with one_blas_thread(chosen):
-        making = Making(recipe, opened, _opened(base), threads=threads, progress=progress)
+        making = Making(recipe, opened, as_checkpoint(base), threads=threads, progress=progress)
         summary = making.save(
             target,
             shard_size=shard_size,
@@ -123,30 +122,17 @@ def one_blas_thread(kind: Kind) -> Iterator[None]:
         yield
 
 
-def remake(text: str, *, threads: int | None = None) -> Making:
-    """Return the bundle that a manifest's recipe describes.
-
-    Args:
-        text: the recipe, as :meth:`Recipe.to_yaml` writes it.
-        threads: how many threads to use.
-
-    Raises:
-        RecipeError: if it is no such recipe.
-        CheckpointError: if a model cannot be read.
-    """
-    try:
-        (document,) = parse(text, "the bundle's recipe")
-        content = document["bundle"]
+def remake(key: str, content: Mapping[str, Any], *, threads: int | None = None) -> Making:
+    """Return the bundle that a manifest describes; see :func:`weightsmith.plan.remake.remake`."""
+    with understood():
         recipe = Recipe(
             make_kind(content["kind"], content["parameters"]),
             content["base"],
-            content["tasks"],
+            {str(task): str(reference) for task, reference in content["tasks"].items()},
             content["base_by_reference"],
             content["dtype"],
         )
-        tasks = {str(task): open_checkpoint(reference) for task, reference in recipe.tasks.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"the recipe of a bundle cannot be understood: {type(error).__name__}: {error}") from error
+    tasks = {task: open_checkpoint(reference) for task, reference in recipe.tasks.items()}
     with one_blas_thread(recipe.kind):
         return Making(recipe, tasks, open_checkpoint(recipe.base), threads=threads)
 
@@ -182,11 +168,3 @@ def default_name(source: Source) -> str:
     if parsed.adapters:
         parsed = parsed.adapters[-1].reference
     return parsed.task or replace(parsed, revision=None).short_name.removesuffix(".safetensors")
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
-
-
-def _reference(source: Source) -> str:
-    return source.name if isinstance(source, Checkpoint) else os.fspath(source)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsmith.adapters.codes import Quantizer
 from weightsmith.checkpoint import open_checkpoint
-from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
 from weightsmith.engine.progress import ProgressListener
-from weightsmith.errors import RecipeError
 from weightsmith.extraction.extraction import Extraction
 from weightsmith.extraction.recipe import Kind, Recipe, Scope
 from weightsmith.methods.matrices import Decomposition
-from weightsmith.recipe.yaml_text import parse
-
-Source = str | os.PathLike[str] | Checkpoint
+from weightsmith.plan.remake import understood
 
 
 def extract(
@@ -86,8 +82,8 @@ def extract(
         CheckpointError: if one cannot be read, or holds values that are not finite.
     """
     recipe = Recipe(
-        _reference(finetuned),
-        _reference(base),
+        as_reference(finetuned),
+        as_reference(base),
         kind=kind,
         rank=rank,
         energy=energy,
@@ -106,34 +102,14 @@ def extract(
         exclude=tuple(exclude),
         rename=tuple(rename),
     )
-    return Extraction(recipe, _opened(finetuned), _opened(base), threads=threads, memory=memory, progress=progress)
+    return Extraction(
+        recipe, as_checkpoint(finetuned), as_checkpoint(base), threads=threads, memory=memory, progress=progress
+    )
 
 
-def remake(text: str, *, threads: int | None = None) -> Extraction:
-    """Return the adapter that a manifest's recipe describes.
-
-    Args:
-        text: the recipe, as :meth:`Recipe.to_yaml` writes it.
-        threads: how many threads to use.
-
-    Raises:
-        RecipeError: if it is no such recipe.
-        CheckpointError: if a model cannot be read.
-    """
-    try:
-        (document,) = parse(text, "the adapter's recipe")
-        settings: dict[str, Any] = dict(document["extract"])
-        for name in ("whole", "exclude", "rename"):
-            settings[name] = tuple(settings.get(name, ()))
-        recipe = Recipe(**settings)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"the recipe of an adapter cannot be understood: {type(error).__name__}: {error}") from error
+def remake(key: str, content: Mapping[str, Any], *, threads: int | None = None) -> Extraction:
+    """Return the adapter that a manifest describes; see :func:`weightsmith.plan.remake.remake`."""
+    with understood():
+        lists = {name: tuple(content.get(name, ())) for name in ("whole", "exclude", "rename")}
+        recipe = Recipe(**{**content, **lists})
     return Extraction(recipe, open_checkpoint(recipe.finetuned), open_checkpoint(recipe.base), threads=threads)
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
-
-
-def _reference(source: Source) -> str:
-    return source.name if isinstance(source, Checkpoint) else os.fspath(source)

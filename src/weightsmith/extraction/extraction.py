@@ -22,7 +22,7 @@ from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import MATRIX_MEMORY, Plan
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper, default_threads
-from weightsmith.errors import MethodError, OutputError, PlanError
+from weightsmith.errors import MethodError, PlanError
 from weightsmith.extraction.compact import Quantized, Shira, Signs, Sparse, shares_over_model
 from weightsmith.extraction.difference import Difference, Sums
 from weightsmith.extraction.lowrank import Factoring, LowRank, Spectra, has_zero_row
@@ -43,7 +43,7 @@ from weightsmith.extraction.recipe import Recipe
 from weightsmith.extraction.report import REPORT_FILE, LeftOut, Matrix, Report, share
 from weightsmith.extraction.room import Ahead, Room
 from weightsmith.extraction.settings import Renaming, low_rank_config, own_config, shira_config
-from weightsmith.plan.output import Output
+from weightsmith.plan.output import Output, check_folder
 
 _RESIDENT = 150_000_000
 # Most bytes of decompositions that are kept from choosing ranks until the factors are made.
@@ -137,11 +137,7 @@ class Extraction(Output):
             target: the folder to make.
             **options: those of :meth:`Output.save`, but for the shard size: PEFT reads one file.
         """
-        if os.fspath(target).endswith(".safetensors"):
-            raise OutputError(
-                f"{target}: an adapter is a folder, with its config beside the weights; choose a name that does not "
-                "end in .safetensors"
-            )
+        check_folder(target, "an adapter is a folder, with its config beside the weights")
         self._room.most = threads = options.get("threads") or self._threads
         if options.get("memory") is not None:
             self._room.limit = max(options["memory"] - _RESIDENT, 1)

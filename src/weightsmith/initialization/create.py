@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsmith.checkpoint import open_checkpoint
-from weightsmith.checkpoint.checkpoint import Checkpoint
-from weightsmith.errors import RecipeError
+from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
 from weightsmith.initialization.recipe import Recipe
 from weightsmith.initialization.starting import StartingAdapter, StartingBase
 from weightsmith.methods.matrices import Decomposition
-from weightsmith.recipe.yaml_text import parse
-
-Source = str | os.PathLike[str] | Checkpoint
+from weightsmith.plan.remake import understood
 
 
 def initialize_adapter(
@@ -67,12 +63,12 @@ def initialize_adapter(
         CheckpointError: if a file cannot be read, or activations do not fit.
     """
     recipe = Recipe(
-        _reference(base),
+        as_reference(base),
         method,
         rank,
         alpha=alpha,
         targets=tuple(targets),
-        activations=None if activations is None else _reference(activations),
+        activations=None if activations is None else as_reference(activations),
         rho=rho,
         smallest=smallest,
         decomposition=decomposition,
@@ -81,36 +77,16 @@ def initialize_adapter(
         residual_dtype=residual_dtype,
         trained_on=trained_on,
     )
-    found = None if activations is None else _opened(activations)
-    return StartingAdapter(recipe, _opened(base), found, threads=threads)
+    found = None if activations is None else as_checkpoint(activations)
+    return StartingAdapter(recipe, as_checkpoint(base), found, threads=threads)
 
 
-def remake(text: str, *, threads: int | None = None) -> StartingAdapter | StartingBase:
-    """Return the adapter, or the base that belongs to it, that a manifest's recipe describes.
-
-    Args:
-        text: the recipe, as :meth:`Recipe.to_yaml` writes it.
-        threads: how many threads to use.
-
-    Raises:
-        RecipeError: if it is no such recipe.
-        CheckpointError: if a file cannot be read.
-    """
-    try:
-        (document,) = parse(text, "the adapter's recipe")
-        settings: dict[str, Any] = dict(document["initialize"])
+def remake(key: str, content: Mapping[str, Any], *, threads: int | None = None) -> StartingAdapter | StartingBase:
+    """Return the adapter, or the base that belongs to it; see :func:`weightsmith.plan.remake.remake`."""
+    with understood():
+        settings = dict(content)
         residual = settings.pop("residual", False)
         recipe = Recipe(**{**settings, "targets": tuple(settings.get("targets", ()))})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"the recipe of an adapter cannot be understood: {type(error).__name__}: {error}") from error
     activations = None if recipe.activations is None else open_checkpoint(recipe.activations)
     adapter = StartingAdapter(recipe, open_checkpoint(recipe.base), activations, threads=threads)
     return adapter.residual() if residual else adapter
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
-
-
-def _reference(source: Source) -> str:
-    return source.name if isinstance(source, Checkpoint) else os.fspath(source)

@@ -24,7 +24,7 @@ from weightsmith.dtypes import DType
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import MATRIX_MEMORY, Plan
 from weightsmith.engine.threads import ThreadMapper, default_threads
-from weightsmith.errors import MethodError, OutputError, PlanError
+from weightsmith.errors import MethodError, PlanError
 from weightsmith.extraction.lowrank import factor_fields, rounded_factor
 from weightsmith.extraction.modules import Module, Modules
 from weightsmith.extraction.parts import Made
@@ -35,7 +35,7 @@ from weightsmith.initialization.recipe import Recipe
 from weightsmith.initialization.statistics import Activations
 from weightsmith.kernels.convert import widen
 from weightsmith.methods.matrices import leading_work
-from weightsmith.plan.output import Output
+from weightsmith.plan.output import Output, check_folder
 
 _FLOAT64 = np.dtype(np.float64)
 _ONE_FILE = 1 << 62
@@ -276,8 +276,7 @@ class StartingAdapter(_Starting):
 
     def save(self, target: str | os.PathLike[str], **options: Any) -> Summary:
         """Compute the factors and write them; see :meth:`Output.save`. There is one file, as PEFT reads it."""
-        if os.fspath(target).endswith(".safetensors"):
-            raise OutputError(f"{target}: an adapter is a folder; choose a name that does not end in .safetensors")
+        check_folder(target, "an adapter is a folder, with its config beside the weights")
         return super().save(target, **{**options, "shard_size": _ONE_FILE})
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:

@@ -270,6 +270,20 @@ class Output(Checkpoint):
                 )
 
 
+def check_folder(target: str | os.PathLike[str], what: str) -> None:
+    """Refuse the name of a file for what is a folder.
+
+    Args:
+        target: where it is to be written.
+        what: why it is a folder, as a clause.
+
+    Raises:
+        OutputError: if the target's name ends in .safetensors.
+    """
+    if os.fspath(target).endswith(".safetensors"):
+        raise OutputError(f"{target}: {what}; choose a name that does not end in .safetensors")
+
+
 def parts_of(checkpoint: Checkpoint) -> list[Part]:
     """Return the models whose files a checkpoint is written as: itself, or a pipeline's components."""
     if not checkpoint.components:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.source import Source
 from weightsmith.errors import PlanError, did_you_mean
 from weightsmith.reparameterized.algebra import NotExact
 from weightsmith.reparameterized.block_rules import (
@@ -21,7 +22,7 @@ from weightsmith.reparameterized.block_rules import (
 from weightsmith.reparameterized.branch_rules import fold_branches, fold_pairs
 from weightsmith.reparameterized.instructions import Given, Instruction, read_instructions
 from weightsmith.reparameterized.model import EPS, Model
-from weightsmith.reparameterized.result import Restructured, Source, opened
+from weightsmith.reparameterized.result import Restructured, opened
 from weightsmith.reparameterized.weight_rules import (
     fold_said_weights,
     fold_sigma_reparam,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 import yaml
 
 from weightsmith import dtypes
-from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.safetensors import natural_order
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.plan import Plan
 from weightsmith.errors import PlanError
 from weightsmith.plan.output import Output, parts_of
-
-Source = str | os.PathLike[str] | Checkpoint
 
 # The key of the recipe in a manifest.
 RECIPE_KEY = "reparameterized"
@@ -92,7 +89,7 @@ def opened(model: Source) -> Checkpoint:
         PlanError: if it is an adapter, or quantised.
         CheckpointError: if it cannot be read.
     """
-    found = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    found = as_checkpoint(model)
     if found.is_adapter:
         raise PlanError(f"{found.name} is an adapter, which is folded into its base: name the base as well")
     if found.config.get("quantization_config"):

@@ -12,10 +12,11 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.source import Source
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import PlanError, RecipeError, did_you_mean
 from weightsmith.reparameterized.layer import Layer, stored, tiles
-from weightsmith.reparameterized.result import Restructured, Source, opened
+from weightsmith.reparameterized.result import Restructured, opened
 from weightsmith.reparameterized.tensors import KernelTensor
 from weightsmith.reparameterized.weights import mapped, norms
 

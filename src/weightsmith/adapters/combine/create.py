@@ -13,12 +13,11 @@ from weightsmith.adapters.combine.registry import Saved
 from weightsmith.adapters.combine.reverting import Reverted
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
-from weightsmith.errors import MethodError, PlanError, RecipeError
+from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
+from weightsmith.errors import MethodError, PlanError
 from weightsmith.methods.matrices import Decomposition
 from weightsmith.plan.output import Output
-from weightsmith.recipe.yaml_text import parse
-
-Source = str | os.PathLike[str] | Checkpoint
+from weightsmith.plan.remake import understood
 
 
 def merge(
@@ -72,12 +71,12 @@ def merge(
         raise PlanError("nothing to combine: name one adapter or more")
     recipe = Recipe(
         method,
-        tuple(map(_reference, adapters)),
+        tuple(map(as_reference, adapters)),
         _weights(weight, len(opened)),
         {name.rstrip("_"): value for name, value in parameters.items()},
         _whole("rank", rank),
         _share("energy", energy),
-        None if base is None else _reference(base),
+        None if base is None else as_reference(base),
         dtype,
         _choice("compat", compat, ("peft",)),
         _choice("saved", saved, ("sum", "mean", "drop")),
@@ -102,23 +101,11 @@ def revert(basis: str | os.PathLike[str], adapter: str | int, *, dtype: str | No
     return Reverted(Path(basis), adapter, dtype)
 
 
-def remake(text: str, *, threads: int | None = None) -> Output:
-    """Return the combination, or the restored adapter, that a manifest's text describes.
-
-    Args:
-        text: what :meth:`Output.to_yaml` gave.
-        threads: how many threads to use.
-
-    Raises:
-        RecipeError: if it is no such text.
-        CheckpointError: if an adapter cannot be read.
-    """
-    try:
-        (document,) = parse(text, "the combination's recipe")
-        if "adapter_revert" in document:
-            content: Mapping[str, Any] = document["adapter_revert"]
+def remake(key: str, content: Mapping[str, Any], *, threads: int | None = None) -> Output:
+    """Return the combination, or the restored adapter; see :func:`weightsmith.plan.remake.remake`."""
+    with understood():
+        if key == "adapter_revert":
             return revert(content["basis"], content["adapter"], dtype=content["dtype"])
-        content = document["adapter_merge"]
         recipe = Recipe(
             **{
                 **content,
@@ -127,23 +114,15 @@ def remake(text: str, *, threads: int | None = None) -> Output:
                 "parameters": dict(content["parameters"]),
             }
         )
-        opened = [open_checkpoint(reference) for reference in recipe.adapters]
-        base = None if recipe.base is None else open_checkpoint(recipe.base)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(
-            f"the recipe of a combination cannot be understood: {type(error).__name__}: {error}"
-        ) from error
+    opened = [open_checkpoint(reference) for reference in recipe.adapters]
+    base = None if recipe.base is None else open_checkpoint(recipe.base)
     return Combination(recipe, opened, base, threads=threads)
 
 
 def _opened(source: Source) -> Checkpoint:
     if isinstance(source, Output):
         raise PlanError(f"{source.name} is not written yet: save it, and name the folder")
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
-
-
-def _reference(source: Source) -> str:
-    return source.name if isinstance(source, Checkpoint) else os.fspath(source)
+    return as_checkpoint(source)
 
 
 def _weights(weight: float | Sequence[float], count: int) -> tuple[float, ...]:

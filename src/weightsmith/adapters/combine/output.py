@@ -13,8 +13,7 @@ from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import Plan
-from weightsmith.errors import OutputError
-from weightsmith.plan.output import Output
+from weightsmith.plan.output import Output, check_folder
 
 ADAPTER = "adapter_model"
 CONFIG = "adapter_config.json"
@@ -65,11 +64,7 @@ class AdapterOutput(Output):
             target: the folder to make.
             **options: those of :meth:`Output.save`, but for the shard size: PEFT reads one file.
         """
-        if os.fspath(target).endswith(".safetensors"):
-            raise OutputError(
-                f"{target}: an adapter is a folder, with its config beside the weights; choose a name that does not "
-                "end in .safetensors"
-            )
+        check_folder(target, "an adapter is a folder, with its config beside the weights")
         return super().save(target, **{**options, "shard_size": _ONE_FILE})
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:

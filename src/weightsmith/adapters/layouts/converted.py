@@ -15,16 +15,15 @@ from weightsmith.adapters.layouts.places import recognize
 from weightsmith.adapters.layouts.read import read
 from weightsmith.adapters.layouts.towers import towers_of
 from weightsmith.adapters.layouts.write import WRITERS, Written
-from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.layout import Part
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import Plan
-from weightsmith.errors import CheckpointError, OutputError, RecipeError, did_you_mean
-from weightsmith.plan.output import Output
-from weightsmith.recipe.yaml_text import parse
+from weightsmith.errors import CheckpointError, RecipeError, did_you_mean
+from weightsmith.plan.output import Output, check_folder
+from weightsmith.plan.remake import understood
 
-Source = str | os.PathLike[str] | Checkpoint
 LAYOUTS = tuple(WRITERS)
 # One file holds any adapter: loaders do not look for shards.
 _ONE_SHARD = 1 << 62
@@ -50,12 +49,8 @@ def convert(adapter: Source, to: str, *, base: Source | None = None, dtype: str 
     if to not in WRITERS:
         raise RecipeError(f"there is no layout {to!r}{did_you_mean(to, WRITERS)}; there are {', '.join(WRITERS)}")
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    opened, model = _opened(adapter), None if base is None else _opened(base)
+    opened, model = as_checkpoint(adapter), None if base is None else as_checkpoint(base)
     return ConvertedAdapter(opened, to, model, None if dtype is None else short.get(dtype, dtype))
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
 
 
 class ConvertedAdapter(Output):
@@ -112,11 +107,8 @@ class ConvertedAdapter(Output):
         Raises:
             OutputError: also if the layout is a folder, and the target one file.
         """
-        if Path(target).suffix == ".safetensors" and not self._written_as.one_file:
-            raise OutputError(
-                f"{target}: the {self.layout} layout is a folder with a config; choose a name that does not end in "
-                ".safetensors"
-            )
+        if not self._written_as.one_file:
+            check_folder(target, f"the {self.layout} layout is a folder with a config")
         return super().save(target, **{**options, "shard_size": _ONE_SHARD})
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
@@ -140,21 +132,8 @@ def _write(adapter: Checkpoint, layout: str, base: Checkpoint | None) -> Written
     return WRITERS[layout](read(adapter, towers), towers)
 
 
-def remake(text: str, *, threads: int | None = None) -> ConvertedAdapter:
-    """Return the adapter that a manifest's recipe describes.
-
-    Args:
-        text: the recipe, as :meth:`ConvertedAdapter.to_yaml` writes it.
-        threads: of no use here.
-
-    Raises:
-        RecipeError: if it is no such recipe.
-        CheckpointError: if the adapter cannot be read.
-    """
-    try:
-        (document,) = parse(text, "the recipe of an adapter")
-        content = document["convert"]
-        adapter, to, base, dtype = (content[key] for key in ("adapter", "to", "base", "dtype"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"the recipe of an adapter cannot be understood: {type(error).__name__}: {error}") from error
+def remake(key: str, content: Mapping[str, Any], *, threads: int | None = None) -> ConvertedAdapter:
+    """Return the adapter that a manifest describes; see :func:`weightsmith.plan.remake.remake`."""
+    with understood():
+        adapter, to, base, dtype = (content[name] for name in ("adapter", "to", "base", "dtype"))
     return convert(adapter, to, base=base, dtype=dtype)
