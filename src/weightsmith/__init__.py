@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weightsmith import adapters, bundle
+    from weightsmith import adapters, bundle, runs
     from weightsmith.api import average, diff, fuse, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.engine.arrays import merge_arrays
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from weightsmith.recipe.schema import Recipe
     from weightsmith.reparameterized.fold import fold_model
     from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_norm
+    from weightsmith.runs.average import average_run
     from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
@@ -43,6 +44,7 @@ _HOMES = {
     "Sweep": "weightsmith.methods.block",
     "WeightsmithError": "weightsmith.errors",
     "average": "weightsmith.api",
+    "average_run": "weightsmith.runs.average",
     "diff": "weightsmith.api",
     "extract": "weightsmith.extraction.create",
     "fold_model": "weightsmith.reparameterized.fold",
@@ -63,7 +65,7 @@ _HOMES = {
 }
 
 # Public names that are modules.
-_ROOMS = ("adapters", "bundle")
+_ROOMS = ("adapters", "bundle", "runs")
 
 __all__ = [
     "Block",
@@ -77,6 +79,7 @@ __all__ = [
     "__version__",
     "adapters",
     "average",
+    "average_run",
     "bundle",
     "diff",
     "extract",
@@ -91,6 +94,7 @@ __all__ = [
     "open",
     "plan",
     "reproduce",
+    "runs",
     "save",
     "unfold_compander",
     "unfold_weight_norm",

@@ -19,6 +19,7 @@ from weightsmith.errors import Interrupted, WeightsmithError
 # Verb -> what it does, in one line.
 _VERBS = {
     "merge": "Merge models by a recipe, or by a method and models.",
+    "average": "Average the checkpoints of a training run.",
     "plan": "Show what a merge would read, compute and write.",
     "fuse": "Fold adapters into a base, or a model's own structure, to plain weights.",
     "inspect": "Show what is in a model: tensors, layers, sizes.",
