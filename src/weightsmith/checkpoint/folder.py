@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoint import torch_pickle
+from weightsmith.checkpoint import torch_distributed, torch_pickle
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, Identity
 from weightsmith.checkpoint.json_text import parse_object
 from weightsmith.checkpoint.manifest import MANIFEST_FILE
@@ -59,6 +59,8 @@ _SINGLE = r"(?:(?:pytorch_|diffusion_pytorch_|adapter_)?model|pytorch_lora_weigh
 COMPONENTS = "components"
 # The models of a diffusers pipeline for which there are adapters.
 _COMPONENT = re.compile(r"unet|transformer(_2)?|text_encoder(_[23])?|prior|controlnet")
+# Where accelerate puts the model of a sharded run, beside the tokenizer's files.
+_SHARDED = "pytorch_model_fsdp_0"
 _TEMPLATES = "additional_chat_templates"
 _LARGEST_INDEX = 64_000_000
 _LARGEST_CONFIG = 16_000_000
@@ -177,6 +179,8 @@ def read_folder(path: str, entries: list[str]) -> Found:
         CheckpointError: if it holds no weights, or they cannot be read.
         UnsafeFileError: if an index or a link leads out of it.
     """
+    if torch_distributed.is_distributed(entries):
+        return torch_distributed.read_distributed(path)
     for ending in ("safetensors", "bin"):
         candidates = _first_copies([e for e in entries if f".{ending}" in e])
         indexes = [e for e in candidates if _WEIGHT_INDEX.search(e)]
@@ -195,6 +199,9 @@ def read_folder(path: str, entries: list[str]) -> Found:
     pickles = _first_copies([e for e in entries if is_weights(e)])
     if pickles:
         return _read_files(path, pickles)
+    if _SHARDED in entries and torch_distributed.is_distributed(list_folder(join(path, _SHARDED))):
+        check_inside(path, _SHARDED)
+        return torch_distributed.read_distributed(join(path, _SHARDED))
     shown = ", ".join(entries[:8]) + (" …" if len(entries) > 8 else "")
     raise CheckpointError(f"{path} holds no weights (safetensors or PyTorch); there is: {shown}")
 

@@ -247,6 +247,35 @@ class RemoteSource(Source):
         return bytes(found)
 
 
+class SourceRange(Source):
+    """Some of a file's bytes, as a file of its own."""
+
+    def __init__(self, source: Source, start: int, length: int) -> None:
+        """Take ``length`` bytes from ``start`` on, which the file must have."""
+        self.path = source.path
+        self.size = length
+        self.modified = source.modified
+        self._source = source
+        self._start = start
+
+    def _read(self, start: int, stop: int) -> bytearray | bytes:
+        stop = max(min(stop, self.size), start)
+        return self._source.read(self._start + start, self._start + stop)
+
+    def read_into(self, start: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """See :meth:`Source.read_into`."""
+        self._check_length(start, start + len(buffer), max(min(len(buffer), self.size - start), 0))
+        self._source.read_into(self._start + start, buffer)
+
+    def prefetch(self, start: int, stop: int) -> bool:
+        """See :meth:`Source.prefetch`."""
+        return self._source.prefetch(self._start + start, self._start + stop)
+
+    def copy_to(self, start: int, stop: int, handle: int, offset: int) -> bool:
+        """See :meth:`Source.copy_to`."""
+        return self._source.copy_to(self._start + start, self._start + stop, handle, offset)
+
+
 def _version(facts: Mapping[str, Any]) -> int:
     told = next((facts[name] for name in _VERSIONS if facts.get(name)), None)
     return 0 if told is None else int.from_bytes(blake2b(str(told).encode(), digest_size=7).digest(), "little")

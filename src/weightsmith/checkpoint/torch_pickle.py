@@ -24,7 +24,7 @@ from weightsmith.checkpoint.torch_unpickler import View, unpickle
 from weightsmith.errors import CheckpointError, shown
 
 # Where frameworks put the state dict among other things.
-_NESTS = (
+NESTS = (
     "state_dict",
     "model",
     "module",
@@ -93,7 +93,7 @@ def read_state_dict(source: Source) -> tuple[Mapping[str, Tensor], Identity]:
     views = _state_dict(unpickle(content, source.path), set())
     if not views:
         raise CheckpointError(f"{source.path} holds no state dict: no mapping of names to tensors is in it")
-    tensors = {name: _tensor(name, view, source, members) for name, view in views.items()}
+    tensors = {name: tensor_of(name, view, source, members) for name, view in views.items()}
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     return tensors, Identity(source.path, source.size, source.modified, digest)
 
@@ -106,7 +106,7 @@ def _state_dict(loaded: Any, seen: set[int]) -> dict[str, View]:
     if not isinstance(loaded, dict) or id(loaded) in seen or len(seen) > _MOST_MAPPINGS:
         return {}
     seen.add(id(loaded))
-    for nest in _NESTS:
+    for nest in NESTS:
         found = _state_dict(loaded.get(nest), seen)
         if found:
             return found
@@ -114,7 +114,18 @@ def _state_dict(loaded: Any, seen: set[int]) -> dict[str, View]:
     return own if all(isinstance(name, str) for name in own) else {}
 
 
-def _tensor(name: str, view: View, source: Source, members: Mapping[str, tuple[int, int]]) -> Tensor:
+def tensor_of(name: str, view: View, source: Source, members: Mapping[str, tuple[int, int]]) -> Tensor:
+    """Return the tensor that a view of an archive's storage is.
+
+    Args:
+        name: its name.
+        view: the view.
+        source: the archive.
+        members: the place of every storage in it.
+
+    Raises:
+        CheckpointError: if the storage is not there, or shorter than the view says.
+    """
     where = f"{source.path}: tensor {shown(name)}"
     problem = problem_with_name(name)
     if problem is not None:

@@ -73,7 +73,9 @@ class _StorageType:
 
 
 @dataclass(frozen=True)
-class _DTypeName:
+class DTypeName:
+    """A dtype that the pickle names."""
+
     dtype: DType
 
 
@@ -118,12 +120,13 @@ class _Mapping(dict[Any, Any]):
         super().__setitem__(key, value)
 
 
-def unpickle(content: bytes, path: str) -> Any:
+def unpickle(content: bytes, path: str, reader: type[RestrictedUnpickler] | None = None) -> Any:
     """Run a pickle of ``torch.save``.
 
     Args:
         content: the pickle.
         path: its file, as errors name it.
+        reader: what runs it, where the pickle may name more than a file of tensors may.
 
     Returns:
         What was saved, with :class:`View` in place of every tensor.
@@ -133,7 +136,7 @@ def unpickle(content: bytes, path: str) -> Any:
         CheckpointError: if it is damaged, or describes a tensor that cannot be.
     """
     try:
-        return _Unpickler(content, path).load()
+        return (reader or RestrictedUnpickler)(content, path).load()
     except UnsafeFileError:
         raise
     except CheckpointError as error:
@@ -143,7 +146,9 @@ def unpickle(content: bytes, path: str) -> Any:
         raise CheckpointError(f"{path}: its pickle is damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-class _Unpickler(pickle._Unpickler):
+class RestrictedUnpickler(pickle._Unpickler):
+    """Runs what builds tensors and plain data, and refuses the rest."""
+
     # What the unpickler in Python keeps its state in.
     stack: list[Any]
     append: Callable[[Any], None]
@@ -166,7 +171,7 @@ class _Unpickler(pickle._Unpickler):
         if module == "torch" and name in _DTYPES:
             dtype = dtypes.from_code(_DTYPES[name])
             assert dtype is not None
-            return _DTypeName(dtype)
+            return DTypeName(dtype)
         raise UnsafeFileError(
             f"{self.path} asks for {module[:100]}.{name[:100]}, which no file of weights needs; it was not run. If you "
             "trust the file, load it with its own program and save the state dict alone, as safetensors"
@@ -182,7 +187,7 @@ class _Unpickler(pickle._Unpickler):
         return Storage(key, kind.dtype)
 
 
-def _leave_state(unpickler: _Unpickler) -> None:
+def _leave_state(unpickler: RestrictedUnpickler) -> None:
     """Run BUILD: torch sets a state dict's ``_metadata`` by it, of no meaning here; nothing else may be set."""
     unpickler.stack.pop()
     if not isinstance(unpickler.stack[-1], _Mapping):
@@ -190,17 +195,17 @@ def _leave_state(unpickler: _Unpickler) -> None:
         raise UnsafeFileError(f"{unpickler.path} sets attributes of a {kind}, which no file of weights needs")
 
 
-def _empty_mapping(unpickler: _Unpickler) -> None:
+def _empty_mapping(unpickler: RestrictedUnpickler) -> None:
     unpickler.append(_Mapping())
 
 
-def _full_mapping(unpickler: _Unpickler) -> None:
+def _full_mapping(unpickler: RestrictedUnpickler) -> None:
     items = unpickler.pop_mark()
     unpickler.append(_mapping(zip(items[::2], items[1::2], strict=True)))
 
 
-def _refusal(instruction: str) -> Callable[[_Unpickler], None]:
-    def refuse(unpickler: _Unpickler) -> None:
+def _refusal(instruction: str) -> Callable[[RestrictedUnpickler], None]:
+    def refuse(unpickler: RestrictedUnpickler) -> None:
         raise UnsafeFileError(
             f"{unpickler.path}: its pickle holds the instruction {instruction}, which torch.save never writes"
         )
@@ -223,14 +228,16 @@ _OWN = {"BUILD": _leave_state, "EMPTY_DICT": _empty_mapping, "DICT": _full_mappi
 
 def _loader(instruction: pickletools.OpcodeInfo) -> Any:
     if instruction.name in _OWN:
-        return _counted(_OWN[instruction.name])
+        return counted(_OWN[instruction.name])
     if instruction.name in _PLAIN:
-        return _counted(pickle._Unpickler.dispatch[ord(instruction.code)])
+        return counted(pickle._Unpickler.dispatch[ord(instruction.code)])
     return _refusal(instruction.name)
 
 
-def _counted(load: Callable[[Any], None]) -> Callable[[_Unpickler], None]:
-    def run(unpickler: _Unpickler) -> None:
+def counted(load: Callable[[Any], None]) -> Any:
+    """Return an instruction that counts itself, so that a pickle of too many ends with an error."""
+
+    def run(unpickler: Any) -> None:
         unpickler.instructions += 1
         if unpickler.instructions > _MOST_INSTRUCTIONS:
             raise CheckpointError(f"its pickle has more than {_MOST_INSTRUCTIONS:,} instructions")
@@ -239,7 +246,7 @@ def _counted(load: Callable[[Any], None]) -> Callable[[_Unpickler], None]:
     return run
 
 
-_Unpickler.dispatch = {ord(instruction.code): _loader(instruction) for instruction in pickletools.opcodes}
+RestrictedUnpickler.dispatch = {ord(instruction.code): _loader(instruction) for instruction in pickletools.opcodes}
 
 
 def _mapping(items: Iterable[tuple[Any, Any]] = ()) -> _Mapping:
@@ -260,7 +267,7 @@ def _rebuild_tensor(
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> View:
-    if not isinstance(storage, Storage) or not isinstance(dtype, _DTypeName):
+    if not isinstance(storage, Storage) or not isinstance(dtype, DTypeName):
         raise CheckpointError("a tensor has no storage or dtype")
     return _view(storage, dtype.dtype, offset, shape, strides, metadata)
 
