@@ -8,7 +8,8 @@ import os
 import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from weightsmith.checkpoint.open_files import OPEN_FILES
 from weightsmith.errors import CheckpointError, UnsafeFileError
 
 # Endings of files that hold weights.
@@ -102,17 +104,45 @@ class LocalSource(Source):
     """A file on this machine.
 
     It is read with ``preadv`` into memory of our own rather than mapped: mapped pages would count as the
-    process's memory, and a file that shrinks under a mapping kills the process instead of raising an error.
+    process's memory, and a file that shrinks under a mapping kills the process instead of raising an error. Where
+    many files are open, it is closed while nobody reads from it; see :mod:`weightsmith.checkpoint.open_files`.
+
+    Attributes:
+        handle: its descriptor, or -1 while it is closed.
+        users: how many threads read from it now.
+        used: when it was used last.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
+        self.handle = -1
+        self.users = self.used = 0
+        self._known: tuple[int, ...] = ()
+        OPEN_FILES.acquire(self)
+        OPEN_FILES.release(self)
+
+    def open(self) -> None:
+        """Open the file; at any but the first time it must be what it was then."""
         try:
-            self._handle, status = open_regular(path)
+            handle, status = open_regular(self.path)
         except OSError as error:
-            raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
-        self.size = status.st_size
-        self.modified = status.st_mtime_ns
+            again = " again" if self._known else ""
+            raise CheckpointError(f"cannot open {self.path}{again}: {error.strerror}") from error
+        found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._known and found != self._known:
+            os.close(handle)
+            raise CheckpointError(
+                f"{self.path} was changed while it was read: the result would be of both states; leave it alone, and "
+                "begin anew with --restart"
+            )
+        self.handle, self._known = handle, found
+        self.size, self.modified = status.st_size, status.st_mtime_ns
+
+    def close(self) -> None:
+        """Close the file until it is needed again."""
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
 
     def _read(self, start: int, stop: int) -> bytearray:
         buffer = bytearray(stop - start)
@@ -127,7 +157,12 @@ class LocalSource(Source):
         """See :meth:`Source.prefetch`."""
         if not hasattr(os, "posix_fadvise"):
             return False
-        os.posix_fadvise(self._handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+        try:
+            with self._open() as own:
+                os.posix_fadvise(own, start, stop - start, os.POSIX_FADV_WILLNEED)
+        except CheckpointError:
+            # Whoever reads it will be told.
+            return False
         return True
 
     def copy_to(self, start: int, stop: int, handle: int, offset: int) -> bool:
@@ -135,35 +170,45 @@ class LocalSource(Source):
         if not hasattr(os, "copy_file_range"):
             return False
         done = 0
-        while start + done < stop:
-            try:
-                count = os.copy_file_range(self._handle, handle, stop - start - done, start + done, offset + done)
-            except OSError as error:
-                if error.errno in _CANNOT_COPY:
-                    return False
-                raise
-            if count == 0:
-                self._check_length(start, stop, done)
-            done += count
+        with self._open() as own:
+            while start + done < stop:
+                try:
+                    count = os.copy_file_range(own, handle, stop - start - done, start + done, offset + done)
+                except OSError as error:
+                    if error.errno in _CANNOT_COPY:
+                        return False
+                    raise
+                if count == 0:
+                    self._check_length(start, stop, done)
+                done += count
         return True
 
     def _fill(self, start: int, view: memoryview) -> int:
         """Read until the view is full or the file ends, and return how many bytes were read."""
         done = 0
         try:
-            while done < len(view):
-                count = os.preadv(self._handle, [view[done:]], start + done)
-                if count == 0:
-                    break
-                done += count
+            with self._open() as own:
+                while done < len(view):
+                    count = os.preadv(own, [view[done:]], start + done)
+                    if count == 0:
+                        break
+                    done += count
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
         return done
 
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        """Give the file's descriptor, which nobody closes meanwhile."""
+        handle = OPEN_FILES.acquire(self)
+        try:
+            yield handle
+        finally:
+            OPEN_FILES.release(self)
+
     def __del__(self) -> None:
-        handle = getattr(self, "_handle", None)
-        if handle is not None:
-            os.close(handle)
+        if getattr(self, "handle", -1) >= 0:
+            os.close(self.handle)
 
 
 def open_regular(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:

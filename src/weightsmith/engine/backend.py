@@ -26,10 +26,24 @@ BLOCK = 1 << 18
 # Elements in the blocks of a sweep. Sums of floats depend on it, so it is part of what a result is.
 SWEEP = 1 << 18
 
+# Of how many inputs blocks of full length are read at a time.
+_INPUTS = 8
+_LEAST_BLOCK = 1 << 12
+
 BACKENDS = ("numpy", "torch")
 
 # An array of the backend's own kind; Array is NumPy's.
 Values = Any
+
+
+def block_of(inputs: int, block: int = BLOCK) -> int:
+    """Return how many elements to compute at a time, so that memory does not grow with the number of inputs.
+
+    Args:
+        inputs: how many tensors are read for a block.
+        block: the length for few.
+    """
+    return block if inputs <= _INPUTS else max(block * _INPUTS // inputs, min(_LEAST_BLOCK, block))
 
 
 class Backend(ABC):

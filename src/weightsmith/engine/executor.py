@@ -20,11 +20,11 @@ from weightsmith.checkpoint.manifest import Digest, hash_part, join_parts
 from weightsmith.checkpoint.safetensors import StoredTensor
 from weightsmith.engine import state
 from weightsmith.engine.ahead import ReadAhead, input_width
-from weightsmith.engine.backend import NUMPY, Backend
+from weightsmith.engine.backend import NUMPY, Backend, block_of
 from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
 from weightsmith.engine.expression import Computed, carried, computed_within, stored_within
 from weightsmith.engine.journal import Journal
-from weightsmith.engine.plan import Plan, Task, matrix_memory
+from weightsmith.engine.plan import Plan, Task, matrix_memory, most_inputs
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.shards import Nowhere, Shards, Sink, complete
 from weightsmith.engine.threads import ThreadMapper
@@ -373,7 +373,7 @@ class _Run:
 
         # A whole matrix is computed once and held: what is written of it at a time may be cut anywhere.
         vector = tensor.columns if isinstance(tensor, Computed) and tensor.reads != "tensor" else 1
-        length = self.steps.get(task.name, self.backend.block * item) // item
+        length = self.steps.get(task.name, block_of(most_inputs(task), self.backend.block) * item) // item
         stretches = list(blocks(task.size, vector, length))
         parts = list(mapper(one, stretches))
         if self.stopping.is_set():

@@ -13,7 +13,7 @@ from weightsmith.checkpoint.checkpoint import Identity
 from weightsmith.checkpoint.layout import Layout, Placement
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
-from weightsmith.engine.backend import BLOCK, SWEEP
+from weightsmith.engine.backend import BLOCK, SWEEP, block_of
 from weightsmith.engine.expression import Computed, computed_within, stored_within
 from weightsmith.errors import PlanError
 from weightsmith.methods.block import Work
@@ -233,10 +233,18 @@ def _statistic_memory(task: Task) -> int:
 def _task_memory(task: Task) -> int:
     """Estimate the bytes that one thread holds while it works on a task."""
     held = sum(part.held for part in stored_within(task.tensor))
+    block = block_of(most_inputs(task))
     for part in computed_within(task.tensor):
-        elements = max(min(part.size, max(BLOCK, SWEEP)), part.columns)
+        # What is summed in a sweep must not depend on how much is read at a time: its blocks keep their length.
+        wanted = max(BLOCK, SWEEP) if part.method.statistic is not None else block
+        elements = max(min(part.size, wanted), part.columns)
         held += elements * part.working.itemsize * (len(part.inputs) + _TEMPORARIES)
     return held or min(task.nbytes, BLOCK * 8)
+
+
+def most_inputs(task: Task) -> int:
+    """Return the most tensors that are read for a block of any part of a task."""
+    return max((len(part.inputs) for part in computed_within(task.tensor)), default=1)
 
 
 def matrix_memory(task: Task) -> int:
