@@ -157,7 +157,7 @@ def step_of(name: str) -> int | None:
 
 def _without_metrics(stem: str) -> str:
     """Return a name without ``name=value`` and its ending: these hold numbers that are no steps."""
-    return re.sub(r"\.(safetensors|bin|pth?|ckpt|pt\d+)$", "", re.sub(r"[\w/]+=-?\d+\.\d+", "", stem))
+    return re.sub(r"\.(safetensors|bin|pth?|ckpt)$", "", re.sub(r"[\w/]+=-?\d+\.\d+", "", stem))
 
 
 def _kind_of(path: str, entry: str) -> str | None:
