@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weightsmith import adapters, bundle, runs
+    from weightsmith import adapters, bundle, federated, runs
     from weightsmith.api import average, diff, fuse, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.engine.arrays import merge_arrays
@@ -65,7 +65,7 @@ _HOMES = {
 }
 
 # Public names that are modules.
-_ROOMS = ("adapters", "bundle", "runs")
+_ROOMS = ("adapters", "bundle", "federated", "runs")
 
 __all__ = [
     "Block",
@@ -83,6 +83,7 @@ __all__ = [
     "bundle",
     "diff",
     "extract",
+    "federated",
     "fold_model",
     "fuse",
     "initialize_adapter",
