@@ -173,6 +173,7 @@ GRID: dict[str, Entry] = {
 # Registered method -> why it has no row.
 EXCEPTIONS: dict[str, str] = {
     "passthrough": "copies one model; its row would be that model's",
+    "sparse_soup": "of models that nobody pruned it is linear",
     "metric_weighted": "weighs checkpoints by a metric that they share, and experts of different tasks share none",
     "bcwi": "without importances, which need gradients, it is interpolate with lambda = 1 - alpha",
     "rws": "needs one model trained on clean data and others on corrupted, all from one pretrained model",

@@ -25,6 +25,7 @@ from weightsmith.recipe.schema import Merge, Recipe
 
 if TYPE_CHECKING:
     from weightsmith.comparison import Comparison
+    from weightsmith.methods.sparse import Mask
 
 _SOURCES = (str, os.PathLike, Checkpoint)
 
@@ -210,14 +211,25 @@ def _rule(rule: Any, place: str, method: str, models: Sequence[str]) -> Any:
     return {**rule, "parameters": shared, **({"models": divided} if given is not None or any(own) else {})}
 
 
-def average(models: Sequence[Source], weights: Sequence[float] | None = None) -> LazyCheckpoint:
+def average(
+    models: Sequence[Source], weights: Sequence[float] | None = None, *, mask: Mask | None = None
+) -> LazyCheckpoint:
     """Average models: the mean of their weights, or the weighted mean.
 
     Args:
         models: references or checkpoints.
         weights: one number per model; they are divided by their sum. By default all are equal.
+        mask: for pruned models whose masks differ, which entries stay: those that all models keep (``intersection``),
+            any keeps (``union``) or the first keeps (``first``); see the method ``sparse_soup``. By default no mask is
+            looked for: a mask that all models have is kept by the mean itself, and masks that differ give a warning
+            with the density of the result when it is saved.
     """
-    return merge("linear", models, weight=list(weights) if weights is not None else 1.0)
+    weight = 1.0 if weights is None else list(weights)
+    return (
+        merge("linear", models, weight=weight)
+        if mask is None
+        else merge("sparse_soup", models, weight=weight, mask=mask)
+    )
 
 
 def fuse(

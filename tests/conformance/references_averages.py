@@ -33,6 +33,13 @@ def variance_corrected(models, base, weight=1.0, self_share=0.0, eps=1e-4, max_g
     return mean.mean() + (mean - mean.mean()) * gain
 
 
+def sparse_soup(models, base, weight=1.0, mask="intersection", min_zeros=0.05):
+    weights = each(weight, models)
+    kept = [(m != 0) | (m.ndim < 2 or (m == 0).mean() < min_zeros) for m, w in zip(models, weights, strict=True) if w]
+    chosen = {"intersection": np.all(kept, 0), "union": np.any(kept, 0), "first": kept[0]}[mask]
+    return np.where(chosen, mean_of(models, weights), 0.0)
+
+
 def _by_entry(models, weights, mixed, of_magnitudes):
     """Entry by entry, with Python's own numbers."""
     out = np.empty(models[0].size)
@@ -83,6 +90,10 @@ REFERENCES: dict[str, Any] = {
             {"max_gain": 1.001},
         ],
     ),
+    "sparse_soup": (
+        sparse_soup,
+        [{}, {"weight": [1.0, 2.0, 0.0]}, {"mask": "union"}, {"mask": "first", "min_zeros": 0.0}],
+    ),
     "geometric": (
         geometric,
         [{}, {"weight": [1.0, 3.0, 0.0]}, {"mixed": "zero"}, {"weight": [1.0, 2.0, 3.0], "mixed": "sign"}],
@@ -98,6 +109,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("metric_weighted", {"metric": 7.0, "kind": "score", "p": 3.0}),
     ("variance_corrected", {"eps": 0.0, "vectors": True}),
     ("variance_corrected", {"max_gain": 1.0}),
+    ("sparse_soup", {"mask": "union", "min_zeros": 0.0}),
+    ("sparse_soup", {"mask": "first", "min_zeros": 0.0}),
     ("geometric", {"mixed": "zero"}),
     ("harmonic", {"mixed": "sign"}),
 ]

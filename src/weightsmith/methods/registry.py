@@ -30,6 +30,7 @@ TrimScope = Literal["tensor", "layer", "model"]
 _FAMILIES = (
     "linear",
     "averages",
+    "sparse",
     "robust",
     "spherical",
     "deltas",

@@ -12,6 +12,7 @@ from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.plan import Plan
+from weightsmith.plan.masks import masks_warning
 from weightsmith.plan.output import Output, parts_of
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.schema import Merge
@@ -94,6 +95,11 @@ class LazyCheckpoint(Output):
     def owners(self) -> dict[int, str]:
         """See :meth:`Output.owners`."""
         return dict(self._resized) | super().owners()
+
+    def examine(self, threads: int) -> list[str]:
+        """See :meth:`Output.examine`."""
+        warning = masks_warning(self.values(), threads)
+        return [] if warning is None else [warning]
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
         """See :meth:`Output.write_beside`."""

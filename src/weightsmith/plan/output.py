@@ -95,6 +95,14 @@ class Output(Checkpoint):
             plan: the plan.
         """
 
+    def examine(self, threads: int) -> list[str]:
+        """Return what a person should know that only the weights tell, before they are written.
+
+        Args:
+            threads: how many threads to use.
+        """
+        return []
+
     def plan(
         self,
         *,
@@ -221,14 +229,14 @@ class Output(Checkpoint):
                 contents=contents,
                 outcome=outcome,
             )
-            notes: list[str] = []
+            notes = self.examine(count)
             with staging.writing():
                 if single:
                     manifest = replace(manifest, files=hash_texts(self.metadata()))
                     write_into_header(plan, staging.content / path.name, manifest, self.metadata())
                 else:
                     write_indexes(plan, staging.content)
-                    notes = self.write_beside(staging.content, plan)
+                    notes += self.write_beside(staging.content, plan)
                     write_manifest(plan, staging.content, manifest)
             staging.publish()
         return Summary(
