@@ -127,6 +127,17 @@ def test_a_mask_can_be_chosen_where_models_are_averaged(write_model, tmp_path):
         assert ws.reproduce(tmp_path / mask).ok
 
 
+def test_zeros_that_are_no_masks_are_passed_over(write_model, tmp_path):
+    dense = _pruned(0, 0.0)
+    one = write_model("one", {"w": dense, "begun": np.zeros_like(dense), "delta": np.zeros_like(dense)})
+    other = write_model("other", {"w": -dense, "begun": dense, "delta": dense})
+    assert ws.average([one, other]).save(tmp_path / "mean.safetensors").warnings == ()
+    sparse = write_model("sparse", {name: _pruned(1, 0.5) for name in ("w", "begun", "delta")})
+    summed = ws.merge("linear", [one, sparse], weight=1.0, normalize=False)
+    assert summed.save(tmp_path / "sum.safetensors").warnings == ()
+    assert len(ws.average([one, sparse]).save(tmp_path / "both.safetensors").warnings) == 1
+
+
 @pytest.mark.parametrize("kind", ["rows", "columns", "heads"])
 def test_pruned_parts_of_any_form_are_found(write_model, tmp_path, kind):
     """A sample decides what is counted: whole rows, columns or runs of 8 % must not fall between its stretches."""

@@ -12,6 +12,7 @@ from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
 if TYPE_CHECKING:
+    from weightsmith.methods.sparse import Mask
     from weightsmith.runs import RunAverage
 
 
@@ -57,6 +58,14 @@ class _Command(click.Command):
 )
 @click.option("--base", metavar="MODEL", help="The model that the checkpoints are adapters of.")
 @click.option("--dtype", help="The dtype of the weights that are written; by default that of the checkpoints.")
+@click.option(
+    "--mask",
+    type=click.Choice(["intersection", "union", "first"]),
+    help="Of pruned checkpoints, the entries that stay: those that all keep, any keeps, or the newest keeps.",
+)
+@click.option(
+    "--variance-corrected", is_flag=True, help="Bring the variance of each matrix back to the checkpoints' mean."
+)
 @saving_options
 @click.option("--list", "list_only", is_flag=True, help="Show the checkpoints with their weights, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --list, print it as JSON.")
@@ -65,6 +74,8 @@ def command(
     target: str | None,
     base: str | None,
     dtype: str | None,
+    mask: Mask | None,
+    variance_corrected: bool,
     list_only: bool,
     as_json: bool,
     dry_run: bool,
@@ -110,7 +121,7 @@ def command(
         _show(chosen)
     if list_only:
         return
-    averaged = chosen.result(base=base, dtype=dtype)
+    averaged = chosen.result(base=base, dtype=dtype, mask=mask, variance_corrected=variance_corrected)
     save(averaged, target, dry_run=dry_run, quiet=quiet, json_log=json_log, **options)
 
 

@@ -36,13 +36,13 @@ class Densities:
 
     @property
     def pruned(self) -> bool:
-        """Whether a model has pruned a part of it."""
-        return self.size - min(self.models) >= PRUNED * self.size
+        """Whether a model has pruned a part of it; one that is all zeros was begun so, and has no mask."""
+        return self.size - min(filter(None, self.models), default=self.size) >= PRUNED * self.size
 
     @property
     def differ(self) -> bool:
         """Whether some model keeps what another does not."""
-        return any(count < self.union for count in self.models)
+        return any(0 < count < self.union for count in self.models)
 
 
 def masks_warning(tensors: Iterable[Tensor], threads: int) -> str | None:
@@ -67,11 +67,11 @@ def masks_warning(tensors: Iterable[Tensor], threads: int) -> str | None:
         return None
     size = sum(one.size for one in counted)
     models = [sum(counts) / size for counts in zip(*(one.models for one in counted), strict=True)]
-    spread = f"{min(models):.3g}" if min(models) == max(models) else f"{min(models):.3g} to {max(models):.3g}"
+    spread = " to ".join(dict.fromkeys(f"{share:.3g}" for share in (min(models), max(models))))
     return (
         f"the masks of the pruned models differ in {len(differing)} of {len(counted)} sparse matrices: the models keep "
         f"{spread} of their entries, the average {sum(one.union for one in counted) / size:.3g}; the method "
-        "sparse_soup (mask: intersection, union or first) decides which to keep"
+        "sparse_soup (average: --mask intersection, union or first) decides which to keep"
     )
 
 
@@ -79,6 +79,8 @@ def _is_mean_of_matrices(tensor: Tensor) -> bool:
     return (
         isinstance(tensor, Computed)
         and tensor.method.name == "linear"
+        # A sum may be of task vectors, which are zero where nothing was trained.
+        and tensor.parameters["normalize"]
         and sum(weight != 0 for weight in tensor.parameters["weight"]) > 1
         and len(tensor.shape) > 1
         and tensor.size > 0

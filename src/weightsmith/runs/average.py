@@ -12,6 +12,7 @@ from weightsmith.api import fuse, merge
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.errors import RecipeError
+from weightsmith.methods.sparse import Mask
 from weightsmith.plan.merged import LazyCheckpoint
 from weightsmith.runs.discovery import Run, Saved, find_run
 from weightsmith.runs.weights import Weights, weighting
@@ -60,7 +61,14 @@ class RunAverage:
         """Names of batch-norm statistics, which an average makes wrong."""
         return [name for name in self.newest.checkpoint if name.rpartition(".")[2] in _STATISTICS]
 
-    def result(self, *, base: str | None = None, dtype: str | None = None) -> LazyCheckpoint:
+    def result(
+        self,
+        *,
+        base: str | None = None,
+        dtype: str | None = None,
+        mask: Mask | None = None,
+        variance_corrected: bool = False,
+    ) -> LazyCheckpoint:
         """Return the average: ``sum_i w_i W_i``, each floating tensor by itself.
 
         The recipe lists the newest first: config, tokenizer, integer buffers and the files beside are the first's.
@@ -70,11 +78,18 @@ class RunAverage:
             base: the model that the checkpoints are adapters of. The average is then of the models that they make
                 of it, not of their factors: ``W + sum_i w_i (f_i(W) - W)``, and the base is read once.
             dtype: dtype of the output; by default that of the checkpoints.
+            mask: for pruned checkpoints whose masks differ, which entries stay: see the method ``sparse_soup``;
+                ``first`` is the newest's mask.
+            variance_corrected: whether to bring the variance of each matrix back to the mean of the checkpoints': see
+                the method of this name.
 
         Raises:
-            RecipeError: if the checkpoints are adapters and there is no base, or the other way round.
+            RecipeError: if the checkpoints are adapters and there is no base, or the other way round; or a mask, a
+                correction and adapters are asked for together.
             PlanError: if they differ in tensors or shapes.
         """
+        if mask is not None and variance_corrected:
+            raise RecipeError("a variance correction moves zeros off zero: give mask or variance_corrected, not both")
         adapters = [one for one in self.checkpoints if one.checkpoint.is_adapter]
         if adapters and base is None:
             raise RecipeError(
@@ -85,11 +100,17 @@ class RunAverage:
             if len(adapters) < len(self.checkpoints):
                 other = next(one for one in self.checkpoints if not one.checkpoint.is_adapter)
                 raise RecipeError(f"{other.saved.path} is a model, not an adapter: leave out --base")
+            if mask is not None or variance_corrected:
+                raise RecipeError(
+                    "adapters are averaged as what they add to their base, which has neither mask nor variance of its "
+                    "own; save the average, and leave out mask and variance_corrected"
+                )
             used = [one for one in self.checkpoints if one.weight]
             return fuse(base, [one.saved.path for one in used], [one.weight for one in used], out_dtype=dtype)
         used = [one for one in reversed(self.checkpoints) if one.weight or one is self.newest]
         models = [one.checkpoint for one in used]
-        averaged = merge("linear", models, weight=[one.weight for one in used], out_dtype=dtype)
+        method, parameters = _method(mask, variance_corrected)
+        averaged = merge(method, models, weight=[one.weight for one in used], out_dtype=dtype, **parameters)
         if self.statistics and len(used) > 1:
             count = len(self.statistics)
             averaged.warnings = (
@@ -164,6 +185,8 @@ def average_run(
     pattern: str | None = None,
     base: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
+    mask: Mask | None = None,
+    variance_corrected: bool = False,
 ) -> LazyCheckpoint:
     """Average the checkpoints of a training run, lazily.
 
@@ -181,6 +204,10 @@ def average_run(
         pattern: with ``*`` and ``?``, which names in the folder to look at.
         base: for checkpoints that are adapters, the model that they are for.
         dtype: dtype of the output; by default that of the checkpoints.
+        mask: for pruned checkpoints whose masks differ, which entries stay: ``intersection``, ``union`` or ``first``,
+            the newest's; see the method ``sparse_soup``.
+        variance_corrected: whether to bring the variance of each matrix back to the mean of the checkpoints'; see the
+            method of this name. Checkpoints of one run are so near each other that it changes little.
 
     Returns:
         A checkpoint whose tensors are computed when they are read; ``.save(path)`` writes it. Optimiser states,
@@ -193,7 +220,15 @@ def average_run(
         PlanError: if the checkpoints differ in tensors or shapes.
     """
     chosen = choose(run_dir, weights=weights, last=last, every=every, steps=steps, pattern=pattern)
-    return chosen.result(base=None if base is None else os.fspath(base), dtype=dtype)
+    return chosen.result(
+        base=None if base is None else os.fspath(base), dtype=dtype, mask=mask, variance_corrected=variance_corrected
+    )
+
+
+def _method(mask: Mask | None, variance_corrected: bool) -> tuple[str, dict[str, Any]]:
+    if mask is not None:
+        return "sparse_soup", {"mask": mask}
+    return ("variance_corrected" if variance_corrected else "linear"), {}
 
 
 def _a_loss(saved: Sequence[Saved]) -> str | None:
