@@ -264,6 +264,31 @@ def test_a_client_that_lacks_a_tensor_is_named(federation, write_model):
         ws.federated.fedavg(folder, base)
 
 
+def test_adapters_of_clients_are_averaged_as_what_they_change(write_model, tmp_path):
+    weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    base = write_model("base", {"model.layers.0.self_attn.q_proj.weight": weight})
+    expected = weight.astype(np.float64)
+    for seed, name in enumerate("ab", start=1):
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((2, 4)).astype(np.float32), rng.standard_normal((6, 2)).astype(np.float32)
+        folder = tmp_path / "round" / name
+        folder.mkdir(parents=True)
+        module = "base_model.model.model.layers.0.self_attn.q_proj"
+        write_safetensors(
+            folder / "adapter_model.safetensors", {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        )
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        expected = expected + {"a": 0.25, "b": 0.75}[name] * 2.0 * (np.float64(b) @ a)
+    with pytest.raises(PlanError, match="is an adapter"):
+        ws.federated.fedavg(tmp_path / "round", base)
+    on_base = {name: f"{base}+{tmp_path / 'round' / name}" for name in "ab"}
+    _same(
+        ws.federated.fedavg(on_base, base, examples={"a": 1, "b": 3}),
+        {"model.layers.0.self_attn.q_proj.weight": expected},
+    )
+
+
 def test_an_aggregation_is_a_recipe_that_can_be_run_again(federation, tmp_path):
     folder, base, start, _ = federation
     lazy = ws.federated.fednova(folder, base, steps=[1, 2, 3])

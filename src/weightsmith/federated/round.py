@@ -279,8 +279,8 @@ def _with_history(
     kept = "float64" if any(str(tensor.dtype) == "float64" for tensor in start.values()) else "float32"
     successor = known.after(
         {
-            name: Client(client.participation, known.file_of(name) if name in named else client.update)
-            for name, client in known.clients.items()
+            name: Client(client.participation, known.file_of(place) if name in named else client.update)
+            for place, (name, client) in enumerate(known.clients.items())
         }
     )
     changes = {name: change_of(start, source, updates, kept) for name, source in named.items()}

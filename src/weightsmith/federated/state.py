@@ -35,7 +35,7 @@ _UPDATE = re.compile(r"\d{6}-\d{1,9}\.safetensors")
 # What a run that was killed while it wrote an update left.
 _UNFINISHED = re.compile(r"\.\d{6}-\d{1,9}\.safetensors\.weightsmith")
 # A record of a client takes some hundred bytes: more than any population that one server has.
-_LARGEST = 256_000_000
+_LARGEST = 64_000_000
 _COUNT = 2**53
 
 
@@ -68,10 +68,10 @@ class State:
     round: int
     clients: Mapping[str, Client]
 
-    def file_of(self, name: str) -> str:
-        """Return the name of the file for an update of the coming round."""
-        # Of the client's place, as its name may be none for a file.
-        return f"{list(self.clients).index(name):06d}-{self.round + 1}.safetensors"
+    def file_of(self, place: int) -> str:
+        """Return the name of the file for an update of the coming round, of the client at a place."""
+        # Not the client's name, which may be none for a file.
+        return f"{place:06d}-{self.round + 1}.safetensors"
 
     def path_of(self, update: str) -> str:
         """Return the path of a stored update."""
@@ -104,6 +104,7 @@ def open_state(folder: str | os.PathLike[str], rule: str, population: Sequence[s
     Raises:
         CheckpointError: if what is there is no state, or not whole.
         RecipeError: if it is another rule's or population's, or there is none yet and no population is given.
+        OutputError: if a round that was killed as it ended cannot be ended, or another process is at it.
     """
     path = Path(os.path.abspath(folder))
     names = None if population is None else list(population)
@@ -112,8 +113,11 @@ def open_state(folder: str | os.PathLike[str], rule: str, population: Sequence[s
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; a server's state is kept in a folder")
     if (path / _NEXT).exists():
-        with _locked(path):
-            _settle(path)
+        try:
+            with _locked(path):
+                _settle(path)
+        except OSError as error:
+            raise OutputError(f"cannot end the round that {path / _NEXT} tells of: {error.strerror}") from error
     if not (path / _STATE).exists():
         if names is None:
             raise RecipeError(f"there is no state in {path} yet: give population, the names of all clients")
