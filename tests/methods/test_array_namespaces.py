@@ -27,6 +27,8 @@ VARIANTS = [
     ("multislerp", {"weight": 0.5, "tangent": "projection"}),
     ("karcher", {"filter_wise": True, "weight": 2.0}),
     ("variance_corrected", {"eps": 0.0}),
+    ("sparse_soup", {"mask": "union", "min_zeros": 0.0}),
+    ("sparse_soup", {"mask": "first", "min_zeros": 0.0}),
     ("geometric", {"mixed": "sign"}),
     ("harmonic", {"mixed": "zero"}),
     ("krum", {"byzantine": 0, "select": 2}),

@@ -155,3 +155,13 @@ def test_pruned_parts_of_any_form_are_found(write_model, tmp_path, kind):
         paths.append(write_model(f"m{i}", {"w": matrix}))
     (warning,) = ws.average(paths).save(tmp_path / "out.safetensors").warnings
     assert "differ in 1 of 1" in warning
+
+
+def test_nothing_is_sampled_behind_a_url(write_model, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    for i, path in enumerate(_models(write_model, [1, 2])):
+        content = (path / "model.safetensors").read_bytes()
+        fsspec.filesystem("memory").pipe(f"/masks/m{i}.safetensors", content)
+    monkeypatch.setattr("weightsmith.plan.masks._may_be_pruned", lambda _: pytest.fail("sampled"))
+    lazy = ws.average([f"memory://masks/m{i}.safetensors" for i in range(2)])
+    assert lazy.save(tmp_path / "out.safetensors").warnings == ()

@@ -9,6 +9,7 @@ from pathlib import Path
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import Part
+from weightsmith.checkpoint.storage import is_url
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.plan import Plan
@@ -98,7 +99,9 @@ class LazyCheckpoint(Output):
 
     def examine(self, threads: int) -> list[str]:
         """See :meth:`Output.examine`."""
-        warning = masks_warning(self.values(), threads)
+        # Behind a URL each of the stretches that tell of masks would be a request of its own.
+        local = not any(is_url(identity.path) for identity in self.identities)
+        warning = masks_warning(self.values(), threads) if local else None
         return [] if warning is None else [warning]
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
