@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -316,3 +318,51 @@ def test_a_state_cut_short_is_refused(started, tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(CheckpointError, match=r"state\.json is not JSON"):
         started()
+
+
+def test_a_full_disk_before_the_model_leaves_nothing_of_the_round(started, tmp_path, monkeypatch):
+    before = _state(tmp_path)
+    monkeypatch.setattr("weightsmith.federated.state._write", _no_space)
+    with pytest.raises(OutputError, match=r"cannot write the state in .*state: No space left"):
+        started().save(tmp_path / "global-2")
+    assert _state(tmp_path) == before
+    assert not (tmp_path / "global-2").exists()
+
+
+def test_a_full_disk_after_the_model_does_not_lose_the_round(started, tmp_path, monkeypatch):
+    step = started()
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: _no_space() if str(b).endswith("state.json") else replace(a, b))
+    with pytest.raises(OutputError, match="No space left"):
+        step.save(tmp_path / "global-2")
+    monkeypatch.undo()
+    assert _state(tmp_path)["round"] == 1
+    assert started().number == 3
+    assert _state(tmp_path)["round"] == 2
+
+
+def _no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_two_processes_do_not_replace_one_state(started, tmp_path):
+    step = started()
+    with (tmp_path / "state" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another process is replacing the state"):
+            step.save(tmp_path / "global-2")
+    step.save(tmp_path / "global-2")
+
+
+def test_a_target_that_is_there_already_is_no_sign_of_the_round(started, tmp_path):
+    """The same recipe of the same names, but other files: what lay at the target before is not this round's."""
+    step = started()
+    step.model.save(tmp_path / "global-2")
+    # The client trains again, and its folder has the old name.
+    _write(tmp_path / "two" / "b", _train(_start(), "b", 99))
+    again = started()
+    with pytest.raises(OutputError, match="exists already"):
+        again.save(tmp_path / "global-2")
+    assert _state(tmp_path)["round"] == 1
+    again.save(tmp_path / "global-2", overwrite=True)
+    assert _state(tmp_path)["round"] == 2
