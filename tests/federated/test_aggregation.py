@@ -247,7 +247,7 @@ def test_metadata_that_does_not_fit_is_refused(federation):
         ws.federated.fedavg(folder, updates="deltas")
     with pytest.raises(RecipeError, match="updates is 'weights'"):
         ws.federated.fedavg(folder, base, updates="weights")
-    with pytest.raises(MethodError, match="server_rate is inf"):
+    with pytest.raises(MethodError, match="server_rate: inf is given"):
         ws.federated.fedavg(folder, base, server_rate=float("inf"))
     with pytest.raises(MethodError, match="gamma is 0"):
         ws.federated.fedlaw(folder, weights=[1, 1, 1], gamma=0)

@@ -366,3 +366,14 @@ def test_a_target_that_is_there_already_is_no_sign_of_the_round(started, tmp_pat
     assert _state(tmp_path)["round"] == 1
     again.save(tmp_path / "global-2", overwrite=True)
     assert _state(tmp_path)["round"] == 2
+
+
+def test_a_client_that_sends_the_base_back_is_stored_as_no_change(tmp_path):
+    base = _write(tmp_path / "global", _start())
+    sent = {"a": base, "b": _write(tmp_path / "b", _train(_start(), "b", 1))}
+    step = ws.federated.fedvarp(sent, base, state=tmp_path / "state", population=NAMES)
+    step.save(tmp_path / "next")
+    assert not any(array.any() for array in read_safetensors(tmp_path / "state" / "000000-1.safetensors").values())
+    for name, array in read_safetensors(tmp_path / "next").items():
+        expected = _start()[name] + (_train(_start(), "b", 1)[name] - _start()[name]) / 2
+        np.testing.assert_allclose(array, expected, atol=1e-6)

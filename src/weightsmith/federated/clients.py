@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from weightsmith import dtypes
-from weightsmith.api import Source, merge
-from weightsmith.api import open as open_model
+from weightsmith.api import merge
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
 from weightsmith.checkpoint.storage import WEIGHT_FILES, list_folder
 from weightsmith.errors import CheckpointError, MethodError, RecipeError, did_you_mean
 from weightsmith.plan.merged import LazyCheckpoint
@@ -108,12 +108,12 @@ def moved(
     """
     if updates not in ("models", "deltas"):
         raise RecipeError(f"updates is {updates!r}; it must be 'models' or 'deltas'")
-    start = open_model(base) if not isinstance(base, Checkpoint) else base
+    start = as_checkpoint(base)
     settings = {"dtype": _dtype_of(start), **settings}
     pairs = list(zip(clients, factors, strict=True))
     if updates == "models":
         # Who sends the base back adds nothing to it, and no method takes its base for a model as well.
-        pairs = [(client, factor) for client, factor in pairs if _reference(client) != start.name]
+        pairs = [(client, factor) for client, factor in pairs if as_reference(client) != start.name]
     if not pairs and not stored:
         return merge("passthrough", [start], **settings)
     if updates == "models" and not stored:
@@ -139,10 +139,6 @@ def change_of(base: Source, client: Source, updates: Updates, dtype: str | None 
 def _dtype_of(base: Checkpoint) -> str | None:
     found = {dtypes.name_of(tensor.dtype) for tensor in base.values() if dtypes.is_float(tensor.dtype)}
     return found.pop() if len(found) == 1 and found <= set(DTYPES) else None
-
-
-def _reference(source: Source) -> str:
-    return source.name if isinstance(source, Checkpoint) else os.fspath(source)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -193,6 +193,16 @@ def fedstale_factors(shares: Sequence[float], weights: Sequence[float | None], b
     return [beta * (share - (0.0 if weight is None else weight)) for share, weight in zip(shares, weights, strict=True)]
 
 
+def rated(factors: Sequence[float], server_rate: float) -> list[float]:
+    """Return factors times the server's learning rate.
+
+    Raises:
+        MethodError: if the rate is not finite.
+    """
+    _check([server_rate], "server_rate", "a number", lambda _: True)
+    return [server_rate * factor for factor in factors]
+
+
 def _check(values: Sequence[float], what: str, wanted: str, fits: Callable[[float], bool]) -> None:
     if not values:
         raise MethodError("there are no clients; give at least one")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from weightsmith.api import Source, merge
-from weightsmith.api import open as open_model
+from weightsmith.api import merge
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.errors import MethodError
 from weightsmith.federated.clients import Clients, Known, clients_of, known_of
 from weightsmith.federated.coefficients import fedavg_shares
@@ -61,13 +61,13 @@ def partial(
         raise MethodError("personal has no pattern; give one of the names of tensors that stay with their clients")
     names = list(named := clients_of(clients))
     shares = fedavg_shares(known_of(examples, names, "examples"))
-    models = {name: one if isinstance(one, Checkpoint) else open_model(one) for name, one in named.items()}
+    models = {name: as_checkpoint(one) for name, one in named.items()}
     for name, model in models.items():
         _check(patterns, name, model)
     if shared is not None:
         if mix:
             raise MethodError("mix needs the personal tensors of all clients; leave out shared, or mix")
-        average = shared if isinstance(shared, Checkpoint) else open_model(shared)
+        average = as_checkpoint(shared)
         return {name: _assembled(average, model, patterns, settings) for name, model in models.items()}
     found = {}
     for own, model in models.items():

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.api import Source, save
-from weightsmith.api import open as open_model
-from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.api import save
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.checkpoint.staging import check_target, resolve_target
 from weightsmith.engine.executor import Summary
 from weightsmith.errors import MethodError, RecipeError, did_you_mean
 from weightsmith.federated.clients import Clients, Known, Updates, change_of, clients_of, known_of, moved
-from weightsmith.federated.coefficients import fedavg_shares, fedstale_factors, sampling_weights
+from weightsmith.federated.coefficients import fedavg_shares, fedstale_factors, rated, sampling_weights
 from weightsmith.federated.state import Client, State, open_state, replacing, token_of
 from weightsmith.plan.merged import LazyCheckpoint
 
@@ -71,7 +69,7 @@ class Round:
             for name, change in self._changes.items():
                 path = self._state.path_of(str(self._successor.clients[name].update))
                 # What a run that was killed left complete is written again: it may be of other clients.
-                save(_opened(change), path, threads=options.get("threads"), overwrite=True)
+                save(as_checkpoint(change), path, threads=options.get("threads"), overwrite=True)
             return self.model.save(target, **options)
 
     def __repr__(self) -> str:
@@ -121,7 +119,8 @@ def fedau(
     known = open_state(state, "fedau", population)
     named = _participants(clients, known)
     count = len(known.clients)
-    factors = {name: _rate(server_rate) * known.clients[name].participation.weight / count for name in named}
+    weights = [known.clients[name].participation.weight / count for name in named]
+    factors = dict(zip(named, rated(weights, server_rate), strict=True))
     model = moved(base, list(named.values()), list(factors.values()), updates=updates, **settings)
     successor = known.after(
         {
@@ -259,21 +258,22 @@ def _with_history(
     settings: Mapping[str, Any],
 ) -> Round:
     """Return a round of a rule that keeps every client's last update; see :func:`fedstale`."""
-    rate = _rate(server_rate)
     named = _participants(clients, known)
     everyone = list(known.clients)
     share = dict(zip(everyone, fedavg_shares(known_of(examples, everyone, "examples")), strict=True))
     chances = known_of(probability, list(named), "probability", default=len(named) / len(everyone))
     new = sampling_weights([share[name] for name in named], chances) if named else []
     weight = dict(zip(named, new, strict=True))
-    on_stored = fedstale_factors(list(share.values()), [weight.get(name) for name in everyone], beta)
+    on_stored = rated(
+        fedstale_factors(list(share.values()), [weight.get(name) for name in everyone], beta), server_rate
+    )
     stored = {
-        name: rate * factor
+        name: factor
         for name, factor in zip(everyone, on_stored, strict=True)
         if factor and known.clients[name].update is not None
     }
-    factors = {name: rate * one for name, one in weight.items()}
-    start = _opened(base)
+    factors = dict(zip(named, rated(new, server_rate), strict=True))
+    start = as_checkpoint(base)
     history = {known.path_of(str(known.clients[name].update)): factor for name, factor in stored.items()}
     model = moved(start, list(named.values()), list(factors.values()), updates=updates, stored=history, **settings)
     kept = "float64" if any(str(tensor.dtype) == "float64" for tensor in start.values()) else "float32"
@@ -299,13 +299,3 @@ def _participants(clients: Clients, known: State) -> dict[str, Source]:
                 f"state in {known.folder} was begun"
             )
     return named
-
-
-def _rate(server_rate: float) -> float:
-    if not math.isfinite(server_rate):
-        raise MethodError(f"server_rate is {server_rate:g}; it must be finite")
-    return server_rate
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_model(source)

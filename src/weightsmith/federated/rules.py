@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from weightsmith.api import Source, merge
-from weightsmith.api import open as open_model
-from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.api import merge
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.errors import MethodError, RecipeError
 from weightsmith.federated.clients import Clients, Known, Updates, clients_of, known_of, moved
 from weightsmith.federated.coefficients import (
     fedavg_shares,
     fednova_factors,
     normalizing_steps,
+    rated,
     sampling_weights,
 )
 from weightsmith.plan.merged import LazyCheckpoint
@@ -61,7 +61,7 @@ def fedavg(
         if updates != "models" or server_rate != 1.0:
             raise RecipeError("give the base, the global model that the clients started from: updates are added to it")
         return merge("linear", list(named.values()), weight=shares, **settings)
-    return moved(base, list(named.values()), _rated(shares, server_rate), updates=updates, **settings)
+    return moved(base, list(named.values()), rated(shares, server_rate), updates=updates, **settings)
 
 
 def fednova(
@@ -115,7 +115,7 @@ def fednova(
     elif proximal and effective_steps is None:
         effective_steps = math.fsum(share * count for share, count in zip(shares, taken, strict=True))
     factors = fednova_factors(shares, lengths, effective_steps=effective_steps)
-    return moved(base, list(named.values()), _rated(factors, server_rate), updates=updates, **settings)
+    return moved(base, list(named.values()), rated(factors, server_rate), updates=updates, **settings)
 
 
 def known_probability(
@@ -159,7 +159,7 @@ def known_probability(
     else:
         shares = [1.0 / population] * len(names)
     weights = sampling_weights(shares, known_of(probability, names, "probability"))
-    return moved(base, list(named.values()), _rated(weights, server_rate), updates=updates, **settings)
+    return moved(base, list(named.values()), rated(weights, server_rate), updates=updates, **settings)
 
 
 def fedlaw(
@@ -194,7 +194,7 @@ def fedlaw(
         raise MethodError(f"gamma is {gamma:g}; it must be above 0, and finite")
     named = clients_of(clients)
     shares = fedavg_shares(known_of(weights, list(named), "weights"))
-    models = [one if isinstance(one, Checkpoint) else open_model(one) for one in named.values()]
+    models = [as_checkpoint(one) for one in named.values()]
     running = gamma != 1 and any(fnmatchcase(name, pattern) for name in models[0] for pattern in _RUNNING)
     if running:
         # The rule's own parameter: without it the merge's normalize decides, and its weights are gamma's.
@@ -202,10 +202,3 @@ def fedlaw(
         settings = {**settings, "rules": [rule, *settings.get("rules", ())]}
     factors = [gamma * share for share in shares]
     return merge("linear", models, weight=factors, normalize=False, **settings)
-
-
-def _rated(factors: list[float], server_rate: float) -> list[float]:
-    """Return factors times the server's learning rate."""
-    if not math.isfinite(server_rate):
-        raise MethodError(f"server_rate is {server_rate:g}; it must be finite")
-    return [server_rate * factor for factor in factors]
