@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,11 +97,12 @@ class LazyCheckpoint(Output):
         """See :meth:`Output.owners`."""
         return dict(self._resized) | super().owners()
 
-    def examine(self, threads: int) -> list[str]:
+    def examine(self, finished: Container[str], threads: int) -> list[str]:
         """See :meth:`Output.examine`."""
         # Behind a URL each of the stretches that tell of masks would be a request of its own.
         local = not any(is_url(identity.path) for identity in self.identities)
-        warning = masks_warning(self.values(), threads) if local else None
+        left = [tensor for name, tensor in self.items() if name not in finished]
+        warning = masks_warning(left, threads) if local else None
         return [] if warning is None else [warning]
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,11 @@ class Output(Checkpoint):
             plan: the plan.
         """
 
-    def examine(self, threads: int) -> list[str]:
-        """Return what a person should know that only the weights tell, before they are written.
+    def examine(self, finished: Container[str], threads: int) -> list[str]:
+        """Return what a person should know that only the weights tell.
 
         Args:
+            finished: names of tensors that an earlier run wrote; nothing of them is read again.
             threads: how many threads to use.
         """
         return []
@@ -229,7 +230,7 @@ class Output(Checkpoint):
                 contents=contents,
                 outcome=outcome,
             )
-            notes = self.examine(count)
+            notes = self.examine(journal.finished, count)
             with staging.writing():
                 if single:
                     manifest = replace(manifest, files=hash_texts(self.metadata()))
