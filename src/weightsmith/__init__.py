@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weightsmith import adapters, bundle
     from weightsmith.api import average, diff, fuse, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
+    from weightsmith.curves.curve import curve
     from weightsmith.engine.arrays import merge_arrays
     from weightsmith.errors import WeightsmithError
     from weightsmith.extraction.create import extract
@@ -43,6 +44,7 @@ _HOMES = {
     "Sweep": "weightsmith.methods.block",
     "WeightsmithError": "weightsmith.errors",
     "average": "weightsmith.api",
+    "curve": "weightsmith.curves.curve",
     "diff": "weightsmith.api",
     "extract": "weightsmith.extraction.create",
     "fold_model": "weightsmith.reparameterized.fold",
@@ -78,6 +80,7 @@ __all__ = [
     "adapters",
     "average",
     "bundle",
+    "curve",
     "diff",
     "extract",
     "fold_model",
