@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 from weightsmith.api import Source, merge
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
-from weightsmith.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from weightsmith.checkpoint.manifest import manifest_of
 from weightsmith.checkpoint.reference import parse_reference
 from weightsmith.curves.plane import plane_through
 from weightsmith.curves.positions import Position, along_edges, check_grid, evenly_along_edges
@@ -258,8 +258,8 @@ def curve(
 def is_written(point: Point, target: Path) -> bool:
     """Whether a folder holds a point already: its manifest names the same recipe and the same files."""
     try:
-        manifest = read_manifest((target / MANIFEST_FILE).read_text("ascii"), str(target))
-    except (OSError, ValueError, CheckpointError):
+        manifest = manifest_of(target)
+    except (OSError, CheckpointError):
         return False
     return manifest.recipe == point.checkpoint.to_yaml() and manifest.inputs == point.checkpoint.identities
 

@@ -33,7 +33,9 @@ svg text { fill: var(--ink); } svg .quiet, .quiet { fill: var(--quiet); color: v
 .grid { stroke: var(--grid); } .model { stroke: var(--quiet); stroke-dasharray: 4 4; }
 .line { fill: none; stroke: var(--line); stroke-width: 2; stroke-linejoin: round; }
 .dot { fill: var(--line); stroke: var(--ground); stroke-width: 1.5; } .none { stroke: var(--quiet); stroke-width: 2; }
+.rim { fill: none; stroke: #ffffff; stroke-width: 6; }
 .best { fill: none; stroke: var(--best); stroke-width: 2.5; }
+.peak { fill: none; stroke: #b4470c; stroke-width: 3; }
 .corner { fill: #ffffff; stroke: #000000; stroke-width: 1.5; }
 .halo { paint-order: stroke; stroke: var(--ground); stroke-width: 4px; stroke-linejoin: round; }
 .cell { fill: #000000; fill-opacity: 0; } .hollow { fill: var(--grid); }
@@ -106,10 +108,9 @@ def _graph(results: Results, metric: str, key: str) -> str:
     parts = [*_y_axis(y, _LEFT, _WIDTH - _RIGHT), *_x_axis(x, _HEIGHT - _BOTTOM, "lambda")]
     shown = [(one, corner[0]) for one, corner in zip(results.models, results.corners, strict=True)]
     inside = [(name, x(place)) for name, place in shown if x.low <= place <= x.high]
-    for i, (name, place) in enumerate(inside):
-        anchor = "start" if i == 0 and len(inside) > 1 else "end" if i == len(inside) - 1 and i else "middle"
+    for name, place in inside:
         parts.append(f'<line class="model" x1="{place:.1f}" y1="{_TOP:.1f}" x2="{place:.1f}" y2="{y.begin:.1f}"/>')
-        parts.append(_text(place, _TOP - 24, _short(name), "quiet", anchor))
+        parts.append(_text(place, _TOP - 24, _short(name), "quiet", _anchor(place)))
     parts += [f'<polyline class="line" points="{run}"/>' for run in _runs(lambdas, values, x, y)]
     best = results.best(metric)
     winners = () if best is None else best.points
@@ -165,7 +166,9 @@ def _map(results: Results, metric: str, key: str) -> str:
         mark = f'<rect class="cell" {place}/>'
         across, up = x(point.coordinates[0]), y(point.coordinates[1])
         if best is not None and point in best.points:
-            mark += f'<circle class="best halo" cx="{across:.1f}" cy="{up:.1f}" r="8"/>'
+            mark += "".join(
+                f'<circle class="{kind}" cx="{across:.1f}" cy="{up:.1f}" r="8"/>' for kind in ("rim", "peak")
+            )
         points.append(_point(results, point, metric, mark, across, max(top - 6, 14.0)))
     corners = []
     for name, (first, second) in zip(results.models, results.corners, strict=True):
@@ -180,7 +183,7 @@ def _map(results: Results, metric: str, key: str) -> str:
 
 def _bar(least: float, most: float, left: float, height: float) -> list[str]:
     """Draw the colours of values beside a map."""
-    pieces = 32
+    pieces = 64
     step = height / pieces
     parts = [
         f'<rect x="{left:.1f}" y="{_TOP + height - (i + 1) * step:.2f}" width="16" height="{step + 0.5:.2f}" '
@@ -208,7 +211,7 @@ def _y_axis(y: Scale, left: float, right: float | None) -> list[str]:
 
 
 def _x_axis(x: Scale, bottom: float, name: str, *, lines: bool = True) -> list[str]:
-    values = ticks(x.low, x.high, 8)
+    values = ticks(x.low, x.high, 12)
     parts = []
     for value, text in zip(values, texts(values), strict=True):
         if lines:
@@ -219,11 +222,15 @@ def _x_axis(x: Scale, bottom: float, name: str, *, lines: bool = True) -> list[s
 
 def _point(results: Results, point: Result, metric: str, mark: str, across: float, up: float) -> str:
     said = escape(told(results, point, metric))
-    anchor = "start" if across < _WIDTH / 4 else "end" if across > _WIDTH * 3 / 4 else "middle"
     return (
         f'<g class="point" tabindex="0" role="img" aria-label="{said}">{mark}'
-        f'<text class="told halo" x="{across:.1f}" y="{up:.1f}" text-anchor="{anchor}">{said}</text></g>'
+        f'<text class="told halo" x="{across:.1f}" y="{up:.1f}" text-anchor="{_anchor(across)}">{said}</text></g>'
     )
+
+
+def _anchor(across: float) -> str:
+    """Say on which side of a place a text goes, so that it stays within the picture."""
+    return "start" if across < _WIDTH / 6 else "end" if across > _WIDTH * 5 / 6 else "middle"
 
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:

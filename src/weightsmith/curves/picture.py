@@ -10,6 +10,8 @@ from weightsmith.curves.results import Results
 from weightsmith.curves.scale import borders
 
 _INCHES, _DPI = (8.0, 4.0), 150
+# Values beyond it are left out: matplotlib's own arithmetic overflows near the largest doubles.
+_LARGEST = 1e100
 
 
 def draw(results: Results, path: Path) -> None:
@@ -39,13 +41,12 @@ def draw(results: Results, path: Path) -> None:
 
 def _graph(figure: Any, axes: Any, results: Results, metric: str) -> None:
     lambdas = [point.coordinates[0] for point in results.points]
-    values = [point.metrics.get(metric, math.nan) for point in results.points]
-    finite = [value if math.isfinite(value) else math.nan for value in values]
-    axes.plot(lambdas, finite, marker="o", markersize=5, color="#1f6feb")
+    values = [_drawn(point.metrics.get(metric)) for point in results.points]
+    axes.plot(lambdas, values, marker="o", markersize=5, color="#1f6feb")
     best = results.best(metric)
     if best is not None:
         places = [point.coordinates[0] for point in best.points]
-        axes.plot(places, [best.value] * len(places), "o", markersize=12, fillstyle="none", color="#b4470c")
+        axes.plot(places, [_drawn(best.value)] * len(places), "o", markersize=12, fillstyle="none", color="#b4470c")
     for name, (place,) in zip(results.models, results.corners, strict=True):
         if min(lambdas) <= place <= max(lambdas):
             axes.axvline(place, color="#5f6972", linestyle="--", linewidth=0.8)
@@ -73,7 +74,7 @@ def _map(figure: Any, axes: Any, results: Results, metric: str) -> None:
     values = np.full((len(ys), len(xs)), np.nan)
     for point in results.points:
         x, y = point.coordinates
-        values[ys.index(y), xs.index(x)] = point.metrics.get(metric, math.nan)
+        values[ys.index(y), xs.index(x)] = _drawn(point.metrics.get(metric))
     shown = np.ma.masked_invalid(values)
     axes.set_facecolor("#e3e6e9")
     mesh = axes.pcolormesh(borders(xs), borders(ys), shown, cmap="viridis")
@@ -90,3 +91,8 @@ def _map(figure: Any, axes: Any, results: Results, metric: str) -> None:
         label.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5})
     axes.set_aspect("equal")
     axes.set_xlabel(results.direction, parse_math=False)
+
+
+def _drawn(value: float | None) -> float:
+    """Return a value as it is drawn: NaN where it is not."""
+    return math.nan if value is None or not abs(value) < _LARGEST else value

@@ -186,6 +186,7 @@ def write(value: float | None) -> str:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the least and the greatest of the finite values; 0 and 1 where there are none."""
-    finite = [value for value in values if math.isfinite(value)]
+    """Return the least and the greatest of the finite values, for an axis; 0 and 1 where there are none."""
+    # Beyond this the width of an axis would be infinite.
+    finite = [min(max(value, -1e300), 1e300) for value in values if math.isfinite(value)]
     return (min(finite), max(finite)) if finite else (0.0, 1.0)

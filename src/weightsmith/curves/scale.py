@@ -13,7 +13,7 @@ PALETTE = ("#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#3
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values from ``low`` to ``high`` to lengths from ``begin`` to ``end``."""
+    """Maps values from ``low`` to ``high`` to lengths from ``begin`` to ``end``; what lies beyond stands at the end."""
 
     low: float
     high: float
@@ -22,21 +22,19 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Return the length of a value."""
+        value = min(max(value, self.low), self.high)
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
 
 def padded(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
     """Return a range with some room on either side; one of no width gets some."""
-    width = high - low
-    if width <= 0 or not math.isfinite(width):
-        # A double has 15 digits: a range below them would have no distinct ends.
-        width = abs(high) or 1.0
-    elif width < 1e-12 * max(abs(low), abs(high)):
-        width = 1e-12 * max(abs(low), abs(high))
+    # A double has 15 digits: a range below them would have no distinct ends.
+    least = max(1e-12 * max(abs(low), abs(high)), 1e-290)
+    width = max(high - low, least) if high > low else abs(high) or 1.0
     return low - share * width, high + share * width
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
+def ticks(low: float, high: float, count: int = 9) -> list[float]:
     """Return about so many round numbers within a range: multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
