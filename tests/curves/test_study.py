@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -59,6 +61,20 @@ def run(capsys):
         return end.value.code, out, err
 
     return call
+
+
+def is_gone(process):
+    """Whether a process ends within two seconds."""
+    state = Path(f"/proc/{process}/stat")
+    for _ in range(100):
+        try:
+            # A child that nobody waits for stays as a name alone.
+            if ") Z" in state.read_text():
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def test_points_are_measured_once_and_a_finer_grid_uses_what_is_known(pair, script, tmp_path):
@@ -140,14 +156,29 @@ def test_a_command_that_takes_too_long_ends_with_all_that_it_started(pair, scrip
     with pytest.raises(ws.WeightsmithError, match="took more than 1.5 s, and was ended"):
         ws.curve(pair, 2).evaluate(Command(command, timeout=1.5), tmp_path / "out")
     assert time.monotonic() - started < 10
-    state = f"/proc/{child.read_text()}/stat"
-    for _ in range(100):
-        # A child that nobody waits for stays as a name alone.
-        if not os.path.exists(state) or ") Z" in Path(state).read_text():
+    assert is_gone(child.read_text())
+
+
+def test_ctrl_c_ends_the_command_and_leaves_no_model(pair, script, tmp_path):
+    started, out = tmp_path / "started", tmp_path / "out"
+    command = script(
+        f"if place:\n    Path({str(started)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\nprint(1)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "weightsmith", "curve", *pair, "--points", "2", "--evaluate", command, "--out", out],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(500):
+        if started.exists() and started.read_text():
             break
         time.sleep(0.02)
-    else:
-        pytest.fail("the command's child is still running")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    process.stderr.close()
+    assert is_gone(started.read_text())
+    assert os.listdir(out) == ["results.jsonl"]
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -403,8 +434,9 @@ def test_the_verb_lists_writes_and_measures(run, pair, script, tmp_path):
     code, out, err = run("curve", *pair, *options, "--json", "--write", tmp_path / "kept", "--no-png")
     assert json.loads(out)["best"]["points"] == ["0.50"]
     assert "(known)" in err
-    code, out, err = run("curve", *pair, "--points", 2, "--write", tmp_path / "kept", "--quiet", "--json")
-    assert sorted(os.listdir(tmp_path / "kept")) == ["0.00", "1.00", "points.json"]
+    assert sorted(os.listdir(tmp_path / "kept")) == ["0.00", "0.50", "1.00"]
+    code, _, err = run("curve", *pair, "--points", 2, "--write", tmp_path / "kept", "--json")
+    assert err.splitlines() == ["0.00: was there", "1.00: was there"]
     code, out, err = run("curve", *pair, "--lambdas", "0,0.5", "--evaluate", script("sys.exit(place != 0 and 1 or print(1))"),
                          "--write", tmp_path / "both", "--keep-going")  # fmt: skip
     assert code == 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from weightsmith.api import Source, merge
 from weightsmith.checkpoint import open_checkpoint
@@ -20,6 +20,10 @@ from weightsmith.curves.plane import plane_through
 from weightsmith.curves.positions import Position, along_edges, check_grid, evenly_along_edges
 from weightsmith.errors import CheckpointError, MethodError
 from weightsmith.plan.merged import LazyCheckpoint
+
+if TYPE_CHECKING:
+    from weightsmith.curves.results import Results
+    from weightsmith.curves.study import Evaluation
 
 Shape = Literal["line", "polygon", "plane"]
 SHAPES: tuple[Shape, ...] = ("line", "polygon", "plane")
@@ -171,7 +175,7 @@ class Curve(Sequence[Point]):
         (root / POINTS_FILE).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
         return found
 
-    def evaluate(self, evaluation: Any, target: str | os.PathLike[str], **options: Any) -> Any:
+    def evaluate(self, evaluation: Evaluation, target: str | os.PathLike[str], **options: Any) -> Results:
         """Measure every point; see :func:`weightsmith.curves.study.evaluate`."""
         from weightsmith.curves.study import evaluate
 

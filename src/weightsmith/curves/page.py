@@ -223,7 +223,7 @@ def _x_axis(x: Scale, bottom: float, name: str, *, lines: bool = True) -> list[s
 def _point(results: Results, point: Result, metric: str, mark: str, across: float, up: float) -> str:
     said = escape(told(results, point, metric))
     return (
-        f'<g class="point" tabindex="0" role="img" aria-label="{said}">{mark}'
+        f'<g class="point" tabindex="0" role="img" aria-label="{said}"><title>{said}</title>{mark}'
         f'<text class="told halo" x="{across:.1f}" y="{up:.1f}" text-anchor="{_anchor(across)}">{said}</text></g>'
     )
 

@@ -88,6 +88,8 @@ def evaluate(
             known = journal.find(point.coefficients)
             found: Result | Failure
             try:
+                if known is not None:
+                    measure.keep(point)
                 found = known or measure(point)
             except EvaluationError as error:
                 if not keep_going:
@@ -149,18 +151,25 @@ class _Measure:
         if isinstance(self._evaluation, Command):
             metrics = self._by_command(self._evaluation, point)
         else:
-            if self._models is not None:
-                self._save(point, self._models / point.label)
+            self.keep(point)
             metrics = named(self._evaluation(point.checkpoint))
         seconds = round(time.monotonic() - started, 3)
         return Result(point.label, point.coordinates, point.coefficients, metrics, seconds)
 
+    def keep(self, point: Point) -> Path | None:
+        """Write a point where models are kept, unless it is there; return its folder, or None if none are kept."""
+        if self._models is None:
+            return None
+        target = self._models / point.label
+        if self._saving.get("overwrite") or not is_written(point, target):
+            point.checkpoint.save(target, **self._saving)
+        return target
+
     def _by_command(self, command: Command, point: Point) -> dict[str, float]:
         scratch = self._root / _POINT
-        if self._models is not None:
-            model = self._models / point.label
-            self._save(point, model)
-            return self._run(command, point, model)
+        kept = self.keep(point)
+        if kept is not None:
+            return self._run(command, point, kept)
         try:
             # What a run that was killed has left.
             shutil.rmtree(scratch, ignore_errors=True)
@@ -170,10 +179,6 @@ class _Measure:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _save(self, point: Point, target: Path) -> None:
-        if self._saving.get("overwrite") or not is_written(point, target):
-            point.checkpoint.save(target, **self._saving)
-
     def _run(self, command: Command, point: Point, model: Path) -> dict[str, float]:
         failed = self._root / _FAILED
         failed.mkdir(exist_ok=True)
@@ -182,11 +187,19 @@ class _Measure:
             metrics = command.run(model, out, err)
         except EvaluationError as error:
             raise EvaluationError(f"{point.label}: {error}; what it printed is in {out} and {err.name}") from error
-        out.unlink()
-        err.unlink()
-        with suppress(OSError):
-            failed.rmdir()
+        except BaseException:
+            _discard(out, err)
+            raise
+        _discard(out, err)
         return metrics
+
+
+def _discard(*files: Path) -> None:
+    """Remove files of one folder, and the folder where nothing else is in it."""
+    for file in files:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        files[0].parent.rmdir()
 
 
 def _write(root: Path, results: Results, *, draws: bool) -> None:
