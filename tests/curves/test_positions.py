@@ -149,6 +149,7 @@ def test_a_weight_that_is_not_finite_is_named(trio, write_model):
         (2, {"points": 1}, "2 at least"),
         (2, {"points": 3, "lambdas": [0.5]}, "either points or lambdas"),
         (3, {"shape": "plane", "lambdas": [0.5]}, "set by points and margin"),
+        (2, {"margin": 0.1}, "margin is for the grid of a plane"),
         (3, {"shape": "plane", "margin": -1.0}, "0 or more"),
         (3, {"shape": "plane", "points": 1000}, "give 2 to 201"),
     ],
@@ -165,6 +166,16 @@ def test_a_model_twice_in_a_row_and_models_of_other_shapes_are_refused(trio, wri
     with pytest.raises(ws.WeightsmithError, match="models of different shape cannot be merged"):
         ws.curve([trio[0], other])
     assert ws.curve([trio[0], other], on_shape_mismatch="base")[3].checkpoint
+
+
+def test_merges_that_were_not_saved_are_models_too(trio):
+    a, b, c = (flat(read_safetensors(one)) for one in trio)
+    soup = ws.average(trio[:2])
+    (point,) = ws.curve([soup, trio[2]], lambdas=[0.25])
+    found = flat({name: tensor.numpy() for name, tensor in point.checkpoint.items()})
+    np.testing.assert_allclose(found, 0.75 * (a + b) / 2 + 0.25 * c, atol=1e-6)
+    corners = ws.curve([soup, trio[1], trio[2]], shape="plane").corners
+    assert corners[1][0] == pytest.approx(np.linalg.norm(b - a) / 2)
 
 
 def test_models_of_one_name_are_told_apart(write_model):

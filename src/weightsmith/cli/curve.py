@@ -103,16 +103,18 @@ def command(
     results of a coarser one. OUT gets results.jsonl, .json and .csv, curve.html and curve.png. Alone, it lists the
     points: docs/guide/curves.md
     """
-    results_in = _check_usage(written, evaluation, out, shell or keep_going or minimize or metrics or png or timeout)
+    results_in = _check_usage(
+        written, evaluation, out, shell or keep_going or minimize or metrics or png is not None or timeout is not None
+    )
     merging = {name: value for name in _MERGING if (value := settings.pop(name)) is not None}
-    from weightsmith.curves.curve import MARGIN, curve
+    from weightsmith.curves.curve import curve
 
     found = curve(
         models,
         points,
         shape or "line",  # type: ignore[arg-type]
         lambdas=lambdas,
-        margin=MARGIN if margin is None else margin,
+        margin=margin,
         threads=settings["threads"],
         **merging,
     )

@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from weightsmith.api import Source, merge
-from weightsmith.checkpoint import open_checkpoint
+from weightsmith.api import merge
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.manifest import manifest_of
 from weightsmith.checkpoint.reference import parse_reference
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.curves.plane import plane_through
 from weightsmith.curves.positions import Position, along_edges, check_grid, evenly_along_edges
 from weightsmith.errors import CheckpointError, MethodError
@@ -212,7 +212,7 @@ def curve(
     shape: Shape = "line",
     *,
     lambdas: Sequence[float] | None = None,
-    margin: float = MARGIN,
+    margin: float | None = None,
     threads: int | None = None,
     **settings: Any,
 ) -> Curve:
@@ -233,7 +233,8 @@ def curve(
         points: number of points of a line, of each edge of a polygon, along each axis of a plane's grid; 11 by default.
         shape: what the points lie on.
         lambdas: in place of points, where on a line or polygon they lie.
-        margin: of a plane, how far the grid goes beyond the triangle, as a share of its width and of its height.
+        margin: of a plane, how far the grid goes beyond the triangle, as a share of its width and of its height; 0.2 by
+            default.
         threads: how many threads measure a plane; by default one per core.
         **settings: ``dtype``, ``out_dtype``, ``on_missing``, ``on_shape_mismatch``, ``rules``, ``tokenizer_source`` and
             ``chat_template``, as :func:`weightsmith.merge` takes them.
@@ -243,7 +244,7 @@ def curve(
         PlanError: if the models cannot be merged, or span no plane.
         CheckpointError: if a model cannot be read.
     """
-    _check_shape(shape, len(models), lambdas, points)
+    _check_shape(shape, len(models), lambdas, points, margin)
     count = POINTS if points is None else points
     chain = None
     if shape != "plane":
@@ -254,9 +255,10 @@ def curve(
     merges = Merges(opened, shape, settings)
     if chain is not None:
         return Curve(shape, names, [(float(i),) for i in range(len(models))], chain, merges)
-    check_grid(count, margin)
+    wide = MARGIN if margin is None else margin
+    check_grid(count, wide)
     plane = plane_through(merges.planned[0], names, threads=threads)
-    return Curve(shape, names, plane.corners, plane.grid(count, margin), merges)
+    return Curve(shape, names, plane.corners, plane.grid(count, wide), merges)
 
 
 def is_written(point: Point, target: Path) -> bool:
@@ -268,7 +270,9 @@ def is_written(point: Point, target: Path) -> bool:
     return manifest.recipe == point.checkpoint.to_yaml() and manifest.inputs == point.checkpoint.identities
 
 
-def _check_shape(shape: str, models: int, lambdas: Sequence[float] | None, points: int | None) -> None:
+def _check_shape(
+    shape: str, models: int, lambdas: Sequence[float] | None, points: int | None, margin: float | None
+) -> None:
     if shape not in SHAPES:
         raise MethodError(f"shape is {shape!r}; it is one of {', '.join(SHAPES)}")
     if models < 2:
@@ -280,6 +284,8 @@ def _check_shape(shape: str, models: int, lambdas: Sequence[float] | None, point
         )
     if shape == "plane" and models != 3:
         raise MethodError(f"three models span a plane, and {models} are given")
+    if margin is not None and shape != "plane":
+        raise MethodError(f"margin is for the grid of a plane; a {shape} goes on where lambdas say so")
     if lambdas is not None and (points is not None or shape == "plane"):
         raise MethodError(
             "a plane's grid is set by points and margin; lambdas are for lines and polygons"
@@ -298,16 +304,13 @@ def _check_different(models: Sequence[Checkpoint], shape: Shape) -> None:
 
 def _open(models: Sequence[Source]) -> list[Checkpoint]:
     """Open models; one that is named twice is opened once."""
-    known: dict[str, Checkpoint] = {}
+    known: dict[str | Checkpoint, Checkpoint] = {}
     found = []
     for model in models:
-        if isinstance(model, Checkpoint):
-            found.append(model)
-        else:
-            reference = os.fspath(model)
-            if reference not in known:
-                known[reference] = open_checkpoint(reference)
-            found.append(known[reference])
+        key = model if isinstance(model, Checkpoint) else os.fspath(model)
+        if key not in known:
+            known[key] = as_checkpoint(model)
+        found.append(known[key])
     return found
 
 
