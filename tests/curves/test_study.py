@@ -230,6 +230,8 @@ def test_a_line_that_was_cut_short_is_measured_again(pair, tmp_path):
     assert len(calls) == 4
     assert [point.metrics for point in again.points] == [point.metrics for point in whole.points]
     assert len(path.read_bytes().splitlines()) == 4
+    ws.curve(pair, 3).evaluate(score, out)
+    assert len(calls) == 4
 
 
 def test_results_of_another_study_are_not_mixed_in(pair, write_model, tmp_path):
