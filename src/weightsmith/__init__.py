@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weightsmith import adapters, bundle, federated, runs
     from weightsmith.api import average, diff, fuse, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
+    from weightsmith.curves.curve import curve
     from weightsmith.engine.arrays import merge_arrays
     from weightsmith.errors import WeightsmithError
     from weightsmith.extraction.create import extract
@@ -45,6 +46,7 @@ _HOMES = {
     "WeightsmithError": "weightsmith.errors",
     "average": "weightsmith.api",
     "average_run": "weightsmith.runs.average",
+    "curve": "weightsmith.curves.curve",
     "diff": "weightsmith.api",
     "extract": "weightsmith.extraction.create",
     "fold_model": "weightsmith.reparameterized.fold",
@@ -81,6 +83,7 @@ __all__ = [
     "average",
     "average_run",
     "bundle",
+    "curve",
     "diff",
     "extract",
     "federated",

@@ -43,6 +43,10 @@ class DeviceError(WeightsmithError):
     """A device to compute on is not there, lacks a package or memory, or cannot do what is asked of it."""
 
 
+class EvaluationError(WeightsmithError):
+    """What a person gave to measure models with failed, took too long, or gave no number."""
+
+
 class OutputError(WeightsmithError):
     """The result cannot be written: target exists, disk full, another run holds it."""
 

@@ -27,6 +27,7 @@ _VERBS = {
     "extract": "Take what a fine-tune changed as an adapter.",
     "adapter": "Look at adapters, combine and convert them.",
     "bundle": "Keep several fine-tunes of one base in one small folder.",
+    "curve": "Make the models between models, and measure each.",
     "verify": "Check that a merged model is still what was written.",
     "reproduce": "Run the recipe of a merged model again, and compare.",
     "methods": "List the merge methods, or explain one.",

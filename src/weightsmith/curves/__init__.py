@@ -1,0 +1,1 @@
+"""Curves through models, and what is measured along them: lines, polygons, planes."""
