@@ -104,6 +104,8 @@ def test_options_choose_and_weight(tmp_path, options, weights):
 
 def test_list_shows_steps_metrics_weights_and_sizes(tmp_path):
     run = write_run(tmp_path / "run", 3)
+    # Another program's, beside the run.
+    (tmp_path / "metrics.csv").write_text("step,eval_loss\n500,9.0\n")
     shown = command(run, "--list", "--weights", "by-metric:loss:1").splitlines()
     assert shown[0].endswith("run: 3 checkpoint-N folders of transformers' Trainer")
     assert shown[1].split() == ["step", "loss", "weight", "size", "checkpoint"]
@@ -117,7 +119,8 @@ def test_list_shows_steps_metrics_weights_and_sizes(tmp_path):
     listed = json.loads(command(run, "--list", "--json"))
     assert [one["step"] for one in listed["checkpoints"]] == [500, 1000, 1500]
     assert listed["metric"] == "eval_loss"
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [one["metrics"]["eval_loss"] for one in listed["checkpoints"]] == [2, 1.5, 1 + 1 / 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run"]
 
 
 def test_steps_are_in_the_order_of_numbers(tmp_path):

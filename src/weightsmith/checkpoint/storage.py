@@ -186,15 +186,18 @@ class LocalSource(Source):
     def _fill(self, start: int, view: memoryview) -> int:
         """Read until the view is full or the file ends, and return how many bytes were read."""
         done = 0
+        # Not by the context below: there may be many thousands of small reads.
+        own = OPEN_FILES.acquire(self)
         try:
-            with self._open() as own:
-                while done < len(view):
-                    count = os.preadv(own, [view[done:]], start + done)
-                    if count == 0:
-                        break
-                    done += count
+            while done < len(view):
+                count = os.preadv(own, [view[done:]], start + done)
+                if count == 0:
+                    break
+                done += count
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+        finally:
+            OPEN_FILES.release(self)
         return done
 
     @contextmanager

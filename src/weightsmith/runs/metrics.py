@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,7 +29,8 @@ def metrics_of(path: str, steps: Mapping[str, int]) -> dict[str, dict[str, float
     """Return for each checkpoint of a run what was logged at or last before its step: name -> number.
 
     Read are ``trainer_state.json`` in the checkpoint (transformers), else in the run's folder; ``metrics.csv`` of
-    Lightning's CSVLogger in the run's folder or the one around it; and ``name=value`` in the checkpoint's own name.
+    Lightning's CSVLogger in the run's folder, or around one named ``checkpoints``; and ``name=value`` in the
+    checkpoint's own name.
 
     Args:
         path: the run's folder.
@@ -37,15 +39,20 @@ def metrics_of(path: str, steps: Mapping[str, int]) -> dict[str, dict[str, float
     Raises:
         CheckpointError: if a log cannot be read.
     """
-    around = path.rstrip("/").rpartition("/")[0] or ("." if not path.startswith("/") else "/")
-    shared = _csv_log(path) or ([] if is_url(path) else _csv_log(around))
-    shared = shared or _trainer_log(path)
+    shared = _csv_log(path) or _csv_log(_around(path)) or _trainer_log(path)
     found = {}
     for entry, step in steps.items():
         own = _trainer_log(join(path, entry)) or shared
         named = {name: float(value) for name, value in _IN_NAME.findall(entry)}
         found[entry] = _until(own, step) | named
     return found
+
+
+def _around(path: str) -> str:
+    """Return the folder of a Lightning run whose checkpoints are in a folder of that name; of any other the same."""
+    whole = path.rstrip("/") if is_url(path) else os.path.abspath(path)
+    folder, _, name = whole.rpartition("/")
+    return folder if name == "checkpoints" else path
 
 
 def _until(log: Log, step: int) -> dict[str, float]:
