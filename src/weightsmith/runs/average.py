@@ -13,10 +13,10 @@ from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.errors import RecipeError
 from weightsmith.plan.merged import LazyCheckpoint
+from weightsmith.runs.batch_norm import statistics_within, warnings_of
 from weightsmith.runs.discovery import Run, Saved, find_run
 from weightsmith.runs.weights import Weights, weighting
 
-_STATISTICS = ("running_mean", "running_var")
 # Shown where no metric decides: what there is of these, the first found.
 _LOSSES = ("eval_loss", "val_loss", "valid_loss", "loss", "train_loss")
 
@@ -58,7 +58,7 @@ class RunAverage:
     @cached_property
     def statistics(self) -> list[str]:
         """Names of batch-norm statistics, which an average makes wrong."""
-        return [name for name in self.newest.checkpoint if name.rpartition(".")[2] in _STATISTICS]
+        return statistics_within(self.newest.checkpoint)
 
     def result(self, *, base: str | None = None, dtype: str | None = None) -> LazyCheckpoint:
         """Return the average: ``sum_i w_i W_i``, each floating tensor by itself.
@@ -90,14 +90,8 @@ class RunAverage:
         used = [one for one in reversed(self.checkpoints) if one.weight or one is self.newest]
         models = [one.checkpoint for one in used]
         averaged = merge("linear", models, weight=[one.weight for one in used], out_dtype=dtype)
-        if self.statistics and len(used) > 1:
-            count = len(self.statistics)
-            averaged.warnings = (
-                *averaged.warnings,
-                f"{count} tensors of batch-norm statistics ({self.statistics[0]}{', …' if count > 1 else ''}) are "
-                "averaged, and do not fit the averaged weights: re-estimate them by running the model over training "
-                "data in training mode, without changing weights",
-            )
+        if len(used) > 1:
+            averaged.warnings = (*averaged.warnings, *warnings_of(self.newest.checkpoint))
         return averaged
 
     def to_json(self) -> dict[str, Any]:
