@@ -86,10 +86,10 @@ def test_swag_has_mean_and_variance(run):
 def test_variance_that_is_small_beside_the_mean_keeps_its_digits(tmp_path, write_model):
     """The paper's mean(x^2) - mean(x)^2 in float32 has none left here."""
     rng, state = np.random.default_rng(0), tmp_path / "state"
-    kept = [(100 + 1e-3 * rng.standard_normal(500)).astype(np.float32) for _ in range(20)]
+    kept = [(100 + 1e-3 * rng.standard_normal(500)).astype(np.float32) for _ in range(10)]
     for number, array in enumerate(kept):
         update_average(state, write_model(f"step-{number}", {"w": array}), weights="swag")
-    found = read_safetensors(state / "squares")["w"] / 19
+    found = read_safetensors(state / "squares")["w"] / 9
     exact = np.stack(kept).astype(np.float64).var(0, ddof=1)
     published = np.mean([k * k for k in kept], axis=0, dtype=np.float32) - np.mean(kept, axis=0, dtype=np.float32) ** 2
     # The mean is kept in float32, whose steps are 7.6e-6 at 100, beside a spread of 1e-3.
@@ -347,7 +347,7 @@ def test_killed_at_any_call_the_state_is_the_old_or_the_new_one(tmp_path, write_
     calls = len(faults.run(third, watched).calls)
     assert calls > 20
     counts, kills = set(), 0
-    for at in range(1, calls + 1, 3):
+    for at in range(1, calls + 1, 5):
         for kind in ("before", "power"):
             begin()
             code = faults.run(third, watched, faults.Fault(at, kind, seed=at)).code
@@ -367,9 +367,9 @@ def test_killed_at_any_call_the_state_is_the_old_or_the_new_one(tmp_path, write_
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path, write_model):
-    """Three tensors of 40 MB; a state of 240 MB."""
+    """Three tensors of 32 MB; a state of 192 MB."""
     rng = np.random.default_rng(0)
-    tensors = {f"layers.{i}.w": rng.standard_normal(10_000_000, np.float32) for i in range(3)}
+    tensors = {f"layers.{i}.w": rng.standard_normal(8_000_000, np.float32) for i in range(3)}
     model = write_model("checkpoint-1", tensors)
     script = (
         "import sys\n"

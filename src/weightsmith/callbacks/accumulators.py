@@ -19,7 +19,7 @@ from weightsmith.runs.record import Record
 from weightsmith.runs.state import NextState, State
 
 # Elements that are worked on at a time: their float64 forms stay in the cache.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 14
 _FLOAT64 = np.dtype(np.float64)
 
 

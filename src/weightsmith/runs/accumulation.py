@@ -141,7 +141,9 @@ def spread(squares: Array, mean: Array, after: Array, values: Array) -> Array:
     """
     with np.errstate(invalid="ignore"):
         product = (values - mean) * (values - after)
-    product[values == mean] = 0.0
+    if not np.isfinite(product).all():
+        # Infinities that all checkpoints have, as in a mask, do not differ.
+        product[values == mean] = 0.0
     return squares + np.maximum(product, 0.0)  # type: ignore[no-any-return]
 
 

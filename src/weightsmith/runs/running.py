@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.bundle.identical import hash_tensor
-from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.manifest import hash_of
+from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.checkpoint.staging import resolve_target, settle
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import MethodError, PlanError, RecipeError, shown
-from weightsmith.recipe.yaml_text import parse
+from weightsmith.plan.remake import understood
 from weightsmith.runs.accumulation import Averaging, accumulator_of
 from weightsmith.runs.discovery import step_of
 from weightsmith.runs.moments import MovedMean, MovedSquares
 from weightsmith.runs.record import Record, record_text
 from weightsmith.runs.state import Averaged, NextState, State, check_state_target
-
-Source = str | os.PathLike[str] | Checkpoint
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def update_average(
     settle(target)
     check_state_target(target)
     known = None if record_text(target) is None else State(state)
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    opened = as_checkpoint(checkpoint)
     _check_averaged(opened)
     if known is not None:
         _check_settings(known, wanted, accumulator, state)
@@ -113,29 +113,14 @@ def running_average(state: str | os.PathLike[str], *, dtype: str | None = None, 
     return Averaged(State(state), os.fspath(state), dtype=dtype, sample=sample)
 
 
-def remake(text: str, *, threads: int | None = None) -> Averaged:
-    """Return the average that a manifest's recipe describes.
-
-    Args:
-        text: the recipe, as :meth:`Averaged.to_yaml` writes it.
-        threads: not used.
-
-    Raises:
-        RecipeError: if it is no such recipe, or that of a state, whose own predecessor is gone.
-        CheckpointError: if the state cannot be read.
-    """
-    try:
-        (document,) = parse(text, "the running average's recipe")
-        content = dict(document["running"])
+def remake(key: str, content: Mapping[str, Any], *, threads: int | None = None) -> Averaged:
+    """Return the average of a state; see :func:`weightsmith.plan.remake.remake`. A state's predecessor is gone."""
+    with understood():
         if "state" in content:
             return running_average(str(content["state"]), dtype=content.get("dtype"), sample=content.get("sample"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(
-            f"the recipe of a running average cannot be understood: {type(error).__name__}: {error}"
-        ) from error
     raise RecipeError(
         "the state of a running average cannot be made again: it was made from the state before, which is gone; "
-        "'weightsmith average' makes the average of checkpoints that are still there"
+        "'weightsmith average RUN_DIR OUT' makes the average of checkpoints that are still there"
     )
 
 

@@ -27,7 +27,7 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import Plan
 from weightsmith.errors import CheckpointError, MethodError, OutputError, shown
-from weightsmith.plan.output import Output, parts_of
+from weightsmith.plan.output import Output, check_folder, parts_of
 from weightsmith.runs.batch_norm import warnings_of
 from weightsmith.runs.moments import SampleTensor
 from weightsmith.runs.record import RECORD_FILE, Record, read_record, record_text
@@ -212,8 +212,7 @@ def check_state_target(target: Path) -> None:
     Raises:
         OutputError: if something else is there.
     """
-    if target.suffix == ".safetensors":
-        raise OutputError(f"{target}: a state is a folder; choose a name that does not end in .safetensors")
+    check_folder(target, "the state of a running average is a folder")
     if not os.path.lexists(target) or record_text(target) is not None:
         return
     if not target.is_dir() or any(target.iterdir()):
