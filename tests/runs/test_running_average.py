@@ -283,6 +283,7 @@ def test_another_folder_is_never_taken_for_a_state(tmp_path, write_model):
     [
         {"count": 0},
         {"count": True},
+        {"count": 10**400},
         {"accumulator": "bfloat16"},
         {"average": {"kind": "ema", "decay": 7, "bias_correction": False}},
         {"average": {"kind": "uniform", "decay": None, "bias_correction": "no"}},

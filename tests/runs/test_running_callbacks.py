@@ -207,9 +207,9 @@ def test_a_thread_that_lags_makes_the_trainer_wait_and_loses_nothing(tmp_path, m
 
     monkeypatch.setattr(Accumulators, "add", slow)
     callback = RunningAverage(tmp_path / "state", every=1)
-    trainer(tmp_path / "run", callback, steps=25, save=1).train()
+    trainer(tmp_path / "run", callback, steps=12, save=1).train()
     monkeypatch.undo()
-    for step in range(1, 26):
+    for step in range(1, 13):
         update_average(tmp_path / "apart", tmp_path / f"run/checkpoint-{step}")
     assert most == 1
     for name, array in read_safetensors(tmp_path / "apart/mean").items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from weightsmith import __version__, dtypes
+from weightsmith.checkpoint.description import is_count
 from weightsmith.checkpoint.json_text import parse_object
 from weightsmith.checkpoint.storage import read_whole
 from weightsmith.errors import CheckpointError, WeightsmithError, shown
@@ -140,6 +140,6 @@ def _seen(entry: Mapping[str, Any]) -> Seen:
 
 
 def _count(value: Any, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < math.inf:
+    if not is_count(value) or value < least:
         raise ValueError(f"{shown(value)} is no whole number from {least}")
-    return value
+    return int(value)
