@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weightsmith import adapters, bundle, federated, runs
+    from weightsmith import adapters, bundle, callbacks, federated, runs
     from weightsmith.api import average, diff, fuse, merge, merge_recipe, open, plan, save
     from weightsmith.checkpoint.checkpoint import Checkpoint
     from weightsmith.curves.curve import curve
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from weightsmith.reparameterized.fold import fold_model
     from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_norm
     from weightsmith.runs.average import average_run
+    from weightsmith.runs.running import running_average, update_average
     from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
@@ -61,13 +62,15 @@ _HOMES = {
     "plan": "weightsmith.api",
     "reproduce": "weightsmith.verification",
     "save": "weightsmith.api",
+    "running_average": "weightsmith.runs.running",
     "unfold_compander": "weightsmith.reparameterized.unfold",
     "unfold_weight_norm": "weightsmith.reparameterized.unfold",
+    "update_average": "weightsmith.runs.running",
     "verify": "weightsmith.verification",
 }
 
 # Public names that are modules.
-_ROOMS = ("adapters", "bundle", "federated", "runs")
+_ROOMS = ("adapters", "bundle", "callbacks", "federated", "runs")
 
 __all__ = [
     "Block",
@@ -83,6 +86,7 @@ __all__ = [
     "average",
     "average_run",
     "bundle",
+    "callbacks",
     "curve",
     "diff",
     "extract",
@@ -98,10 +102,12 @@ __all__ = [
     "open",
     "plan",
     "reproduce",
+    "running_average",
     "runs",
     "save",
     "unfold_compander",
     "unfold_weight_norm",
+    "update_average",
     "verify",
 ]
 

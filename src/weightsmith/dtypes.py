@@ -62,6 +62,16 @@ def name_of(dtype: DType) -> str:
     return _NAMES[dtype]
 
 
+def is_name(name: Any) -> bool:
+    """Whether a value is the name of a dtype, such as ``"bfloat16"``."""
+    return isinstance(name, str) and name in _BY_NAME
+
+
+def from_name(name: str) -> DType:
+    """Return the dtype of a name that :func:`is_name` knows."""
+    return _BY_NAME[name]
+
+
 def float_from_name(name: str) -> DType:
     """Return the floating dtype of a name such as ``"bfloat16"``.
 

@@ -32,6 +32,8 @@ from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
 # By this file a folder is a bundle of several models; see weightsmith.bundle.
 BUNDLE_FILE = "weightsmith-bundle.json"
+# And by this one a diffusers pipeline.
+PIPELINE_FILE = "model_index.json"
 # Files of a training run that hold no model.
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|random_states.*)\.[a-z]+$"
@@ -87,14 +89,16 @@ def open_weights(path: str, name: str) -> Checkpoint:
             f"{path} is a bundle of several models: name one of them, as {path}#TASK; 'weightsmith bundle inspect "
             f"{path}' lists them"
         )
-    if "model_index.json" in entries:
+    if PIPELINE_FILE in entries:
         return _open_pipeline(path, name, entries)
     adapted = _adapted(path, entries)
     if adapted:
         return _open_adapters(path, name, adapted)
     tensors, identities = read_folder(path, entries)
     adapter = not _has_model(entries) and ("adapter_config.json" in entries or _is_adapter(tensors))
-    return Checkpoint(name, tensors, _companions(path, entries, adapter=adapter), tuple(identities), is_adapter=adapter)
+    return Checkpoint(
+        name, tensors, read_companions(path, entries, adapter=adapter), tuple(identities), is_adapter=adapter
+    )
 
 
 def _is_adapter(tensors: Mapping[str, Tensor]) -> bool:
@@ -145,7 +149,7 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
     """Open a diffusers pipeline: every folder with weights is a component, and prefixes its tensors' names."""
     tensors: dict[str, Tensor] = {}
     identities: list[Identity] = []
-    files = dict(_companions(path, entries).files)
+    files = dict(read_companions(path, entries).files)
     components = []
     for entry in entries:
         folder = join(path, entry)
@@ -153,7 +157,7 @@ def _open_pipeline(path: str, name: str, entries: list[str]) -> Checkpoint:
         if not inner:
             continue
         check_inside(path, entry)
-        own = _companions(folder, inner, with_config=True)
+        own = read_companions(folder, inner, with_config=True)
         files |= {f"{entry}/{key}": file for key, file in own.files.items()}
         if any(is_weights(file) for file in inner):
             found, facts = read_folder(folder, inner)
@@ -297,7 +301,19 @@ def _read_json(path: str, file: str, largest: int) -> dict[str, Any]:
     return parse_object(read_whole(where, largest), where)
 
 
-def _companions(path: str, entries: list[str], *, adapter: bool = False, with_config: bool = False) -> Companions:
+def read_companions(path: str, entries: list[str], *, adapter: bool = False, with_config: bool = False) -> Companions:
+    """Return what travels beside the weights of a folder.
+
+    Args:
+        path: the folder, here or behind a URL.
+        entries: what is in it.
+        adapter: whether its config is that of an adapter.
+        with_config: whether ``config.json`` is carried as a file, as it is.
+
+    Raises:
+        CheckpointError: if the config cannot be read.
+        UnsafeFileError: if a link leads out of the folder.
+    """
     name = "adapter_config.json" if adapter else "config.json"
     # A component's config is carried as it is, but what reads it on the way need not expect nonsense.
     config: Mapping[str, Any] = _read_json(path, name, _LARGEST_CONFIG) if name in entries else {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsmith.cli.merge import save, saving_options
+from weightsmith.cli.running import refuse_running_options, running_average_options, write_average, write_update
 from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 
@@ -66,6 +67,7 @@ class _Command(click.Command):
 @click.option(
     "--variance-corrected", is_flag=True, help="Bring the variance of each matrix back to the checkpoints' mean."
 )
+@running_average_options
 @saving_options
 @click.option("--list", "list_only", is_flag=True, help="Show the checkpoints with their weights, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="With --list, print it as JSON.")
@@ -81,6 +83,8 @@ def command(
     dry_run: bool,
     quiet: bool,
     json_log: bool,
+    update: str | None,
+    source: str | None,
     **options: Any,
 ) -> None:
     """Average the checkpoints of the training run in RUN_DIR into the folder OUT.
@@ -106,7 +110,24 @@ def command(
     Checkpoints of transformers, Lightning, torch.distributed.checkpoint and Megatron are found by themselves, and any
     numbered files or folders. Optimiser states are not read; config, tokenizer and integer buffers are the newest's.
     More: docs/guide/runs.md
+
+    While a run goes on, each checkpoint can be taken into a running average and then be deleted:
+
+    \b
+    weightsmith average --update state/ run/checkpoint-1000
+    weightsmith average --update state/ run/checkpoint-1100
+    weightsmith average --from state/ out/
+
+    --weights is then uniform, ema:DECAY or swag, once for a state. With swag the variance of each weight is kept as
+    well, and --sample SEED draws a model from the normal distribution that mean and variance make.
     """
+    if update is not None:
+        write_update(update, run_dir, target)
+        return
+    if source is not None:
+        write_average(source, run_dir, target)
+        return
+    refuse_running_options(options)
     if target is None and not (list_only or dry_run):
         raise click.UsageError("give RUN_DIR and OUT, or --list")
     if as_json and not list_only:

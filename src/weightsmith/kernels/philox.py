@@ -55,10 +55,27 @@ def uniform(key: tuple[int, int], start: int, stop: int) -> npt.NDArray[Any]:
 
     Position p takes word ``p % 4`` of counter ``p // 4``; its upper 24 bits become the number.
     """
+    return (_words(key, start, stop) >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def normal(key: tuple[int, int], start: int, stop: int) -> npt.NDArray[Any]:
+    """Return standard normal random numbers for positions ``start`` to ``stop``: ``[n]`` float64.
+
+    Positions 2q and 2q + 1 share the words u and v of these positions (Box and Muller 1958): ``sqrt(-2 ln u)`` times
+    the cosine and the sine of ``2 pi v``, with ``u = (word + 1) / 2^32`` above 0. None is beyond 6.7.
+    """
+    first, last = start // 2, -(-stop // 2)
+    words = _words(key, 2 * first, 2 * last).astype(np.float64).reshape(-1, 2)
+    radius = np.sqrt(-2.0 * np.log((words[:, 0] + 1.0) * 2.0**-32))
+    angle = words[:, 1] * (2.0 * np.pi * 2.0**-32)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return pairs.reshape(-1)[start - 2 * first : stop - 2 * first]
+
+
+def _words(key: tuple[int, int], start: int, stop: int) -> npt.NDArray[np.uint32]:
     first, last = start // 4, -(-stop // 4)
     blocks = np.arange(first, last, dtype=np.uint64)
     counters = np.zeros((last - first, 4), np.uint64)
     counters[:, 0] = blocks & _LOW
     counters[:, 1] = blocks >> _HALF
-    words = philox4x32(counters, key).reshape(-1)[start - 4 * first : stop - 4 * first]
-    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+    return philox4x32(counters, key).reshape(-1)[start - 4 * first : stop - 4 * first]

@@ -21,6 +21,7 @@ _MAKERS = {
     "extract": "weightsmith.extraction.create",
     "initialize": "weightsmith.initialization.create",
     "convert": "weightsmith.adapters.layouts.converted",
+    "running": "weightsmith.runs.running",
 }
 
 

@@ -14,10 +14,10 @@ from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.errors import RecipeError
 from weightsmith.methods.sparse import Mask
 from weightsmith.plan.merged import LazyCheckpoint
+from weightsmith.runs.batch_norm import statistics_within, warnings_of
 from weightsmith.runs.discovery import Run, Saved, find_run
 from weightsmith.runs.weights import Weights, weighting
 
-_STATISTICS = ("running_mean", "running_var")
 # Shown where no metric decides: what there is of these, the first found.
 _LOSSES = ("eval_loss", "val_loss", "valid_loss", "loss", "train_loss")
 
@@ -59,7 +59,7 @@ class RunAverage:
     @cached_property
     def statistics(self) -> list[str]:
         """Names of batch-norm statistics, which an average makes wrong."""
-        return [name for name in self.newest.checkpoint if name.rpartition(".")[2] in _STATISTICS]
+        return statistics_within(self.newest.checkpoint)
 
     def result(
         self,
@@ -111,14 +111,8 @@ class RunAverage:
         models = [one.checkpoint for one in used]
         method, parameters = _method(mask, variance_corrected)
         averaged = merge(method, models, weight=[one.weight for one in used], out_dtype=dtype, **parameters)
-        if self.statistics and len(used) > 1:
-            count = len(self.statistics)
-            averaged.warnings = (
-                *averaged.warnings,
-                f"{count} tensors of batch-norm statistics ({self.statistics[0]}{', …' if count > 1 else ''}) are "
-                "averaged, and do not fit the averaged weights: re-estimate them by running the model over training "
-                "data in training mode, without changing weights",
-            )
+        if len(used) > 1:
+            averaged.warnings = (*averaged.warnings, *warnings_of(self.newest.checkpoint))
         return averaged
 
     def to_json(self) -> dict[str, Any]:
