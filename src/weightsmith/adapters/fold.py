@@ -11,14 +11,16 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, Names
-from weightsmith.adapters.change import Rows, Whole
+from weightsmith.adapters.change import LowRank, Rows, Whole
 from weightsmith.adapters.folded import FoldedTensor, Term
+from weightsmith.adapters.kinds.low_rank import factors_of_experts
 from weightsmith.adapters.layer import Weight
 from weightsmith.adapters.layouts.normal import normalize
 from weightsmith.adapters.replicated import replicated
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.rows import FLOAT64, read_wide
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import PlanError
@@ -100,7 +102,7 @@ class _Folding:
         for name in longer:
             self._add_plain(adapter, name, adapter.plain[name], weight)
         square = adapter.transposed or self.config.get("model_type") in _EXPERTS_TURNED
-        sides = {module: self._sides(adapter, module) for module in adapter.modules}
+        sides = {module: self._sides(adapter, module) for module in adapter.modules if module not in adapter.experts}
         alike: dict[str, set[bool]] = {}
         for module, known in sides.items():
             alike.setdefault(module.rpartition(".")[2], set()).update(() if known is None else (known,))
@@ -111,6 +113,8 @@ class _Folding:
             told = next((one for one in (alike[module.rpartition(".")[2]], anywhere) if len(one) == 1), {square})
             (likely,) = told
             self._add_layer(adapter, module, weight, transposed=bool(likely if known is None else known))
+        for module in adapter.experts:
+            self._add_experts(adapter, module, weight)
         for name, tensor in adapter.plain.items():
             if name not in longer:
                 self._add_plain(adapter, name, tensor, weight)
@@ -217,6 +221,29 @@ class _Folding:
             return adapter.kind.bias(layer, column[:, 0])[:, None]
 
         self._terms.setdefault(bias, []).append(Term(weight, lambda: Whole(changed)))
+
+    def _add_experts(self, adapter: Adapter, module: str, weight: float) -> None:
+        """Add a change of a parameter that experts are joined to when they are loaded, to each of them."""
+        joined = adapter.experts[module]
+        layer = adapter.layer(module, Weight(joined))
+        nbytes = sum(part.size for part in layer.parts.values()) * FLOAT64.itemsize
+
+        def product(expert: int, first: int, last: int) -> LowRank:
+            # One of the factors is stored with the experts side by side: all are read at once, and kept for the others.
+            left, right = RECENT.get(layer, lambda: factors_of_experts(layer))
+            return LowRank(left[expert, first:last], right[expert])
+
+        for number, tensors in enumerate(joined.experts):
+            first = 0
+            for tensor in tensors:
+                last = first + tensor.shape[0]
+                term = Term(weight, partial(product, number, first, last), nbytes)
+                self._terms.setdefault(tensor.name, []).append(term)
+                if self._transposed.setdefault(tensor.name, False):
+                    raise PlanError(
+                        f"{adapter.name} changes {tensor.name}, which another adapter takes as stored transposed"
+                    )
+                first = last
 
     def _add_plain(self, adapter: Adapter, name: str, tensor: Tensor, weight: float) -> None:
         if is_head(name) and name not in self._base and not adapter.saves(name):
