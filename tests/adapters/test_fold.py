@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -276,6 +277,33 @@ def test_several_adapters_add_their_changes_of_the_base(write_model, tmp_path, d
     np.testing.assert_allclose(ws.fuse(base, [a, b])["l.weight"].numpy(), weight() + first + second, atol=1e-12)
     same = ws.fuse(base, [b, b], [0.25])["l.weight"].numpy()
     np.testing.assert_allclose(same, weight() + 0.5 * second, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["l.weight_scale_inv", "l.scale_weight", None])
+def test_codes_of_a_quantised_base_are_no_weights(write_model, tmp_path, scale):
+    """What is added to codes is lost in their scale; what the base keeps plain is changed as ever."""
+    codes = weight().astype(ml_dtypes.float8_e4m3fn)
+    tensors = {"l.weight": codes, "norm.weight": np.ones(3)} | ({} if scale is None else {scale: np.ones(1)})
+    config = {"quantization_config": {"quant_method": "fp8"}} if scale is None else {}
+    base = write_model("base", tensors, config)
+    adapter, change = write_adapter(tmp_path / "a", 1)
+    with pytest.raises(
+        PlanError, match=r"l.weight, which is quantised in .* fold into the model that it was made from"
+    ):
+        ws.fuse(base, adapter)
+    plain = write_model("plain", {"l.weight": weight(), "q.weight": codes, "q.weight_scale_inv": np.ones(1)}, config)
+    np.testing.assert_allclose(ws.fuse(plain, adapter)["l.weight"].numpy(), weight() + change, atol=1e-12)
+    packed = {"quantization_config": {"quant_method": "gptq"}}
+    with pytest.raises(PlanError, match=r"changes l.weight, which .* does not have; it is quantised"):
+        ws.fuse(write_model("packed", {"l.qweight": np.ones((2, 2), np.int32)}, packed), adapter)
+
+
+def test_an_adapter_that_holds_nothing_is_refused(write_model, tmp_path):
+    base = write_model("base", {"l.weight": weight()})
+    adapter, _ = write_adapter(tmp_path / "a", 1)
+    write_safetensors(adapter / "adapter_model.safetensors", {})
+    with pytest.raises(CheckpointError, match="holds nothing for any layer"):
+        ws.fuse(base, adapter)
 
 
 def test_a_weight_of_nothing_leaves_the_base(write_model, tmp_path):

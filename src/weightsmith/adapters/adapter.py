@@ -271,7 +271,7 @@ class Adapter:
 
     def _check_shared(self) -> None:
         known = {name.partition(".")[0] for name in self.shared}
-        if known and not self.modules:
+        if not self.modules and (known or not (self.plain or self.tokens)):
             raise CheckpointError(f"{self.name} holds nothing for any layer{self._remedy}")
         needed = {part for form in self.kind.forms for part in form.shared}
         absent = [part for part in self.kind.shared if part not in known and (part in needed or self.kind.lacking)]
@@ -390,8 +390,10 @@ class Names:
             longer = self._endings.get(spelled)
             if longer is not None:
                 return longer
+        quantised = "; it is quantised: fold into the model that it was made from"
         raise PlanError(
-            f"{adapter} changes {name}, which {self._base.name} does not have{did_you_mean(name, self._base)}"
+            f"{adapter} changes {name}, which {self._base.name} does not have"
+            f"{quantised if self._base.config.get('quantization_config') else did_you_mean(name, self._base)}"
         )
 
 

@@ -34,6 +34,8 @@ _CONV1D = {"gpt2", "imagegpt", "openai-gpt", "decision_transformer"}
 _SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
 # Models of transformers whose experts are stored as [experts, in, out]; only square ones do not tell by their shapes.
 _EXPERTS_TURNED = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
+# What follows a tensor's name in those of its scales, where a model is quantised: in blocks of FP8, bitsandbytes.
+_SCALES = ("_scale_inv", "_scale", "_scale_2", ".absmax")
 
 
 def fold(
@@ -236,6 +238,7 @@ class _Folding:
         for number, tensors in enumerate(joined.experts):
             first = 0
             for tensor in tensors:
+                self._check_codes(adapter, tensor.name)
                 last = first + tensor.shape[0]
                 term = Term(weight, partial(product, number, first, last), nbytes)
                 self._terms.setdefault(tensor.name, []).append(term)
@@ -286,7 +289,21 @@ class _Folding:
             if source is not None:
                 self._untie(adapter, name, source)
                 return name
-        return self._names.find(name, adapter.name)
+        found = self._names.find(name, adapter.name)
+        self._check_codes(adapter, found)
+        return found
+
+    def _check_codes(self, adapter: Adapter, target: str) -> None:
+        """Refuse a tensor of the base that holds codes of a quantised model: what is added means nothing to them."""
+        quantised = self._base.config.get("quantization_config")
+        tensor = self._base[target]
+        scales = [target + end for end in _SCALES] + [target.removesuffix("weight") + "scale_weight"]
+        narrow = bool(quantised) and dtypes.is_float(tensor.dtype) and tensor.dtype.itemsize < 2
+        if narrow or any(name in self._base for name in scales):
+            raise PlanError(
+                f"{adapter.name} changes {target}, which is quantised in {self._base.name}: it holds codes "
+                f"({dtypes.name_of(tensor.dtype)}), not weights; fold into the model that it was made from"
+            )
 
     def _keep_head(self, adapter: Adapter, target: str) -> None:
         """Give a head of its own to a model whose head is its embeddings, where an adapter changes those alone."""
