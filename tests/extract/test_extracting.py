@@ -17,7 +17,7 @@ from weightsmith.cli.main import main
 from weightsmith.errors import CheckpointError, MethodError, OutputError, PlanError
 from weightsmith.extraction.difference import Difference
 from weightsmith.extraction.modules import Modules
-from weightsmith.extraction.placement import target_names
+from weightsmith.extraction.placement import target_names, task_type
 from weightsmith.extraction.ranks import Candidate, Ranks, choose
 
 PREFIX = "base_model.model."
@@ -468,3 +468,9 @@ def test_models_of_two_kinds_are_told(write_model):
     (warning,) = ws.extract(tuned, other, rank=2, threads=1).warnings
     assert "of the kind llama" in warning
     assert "of the kind mistral" in warning
+
+
+@pytest.mark.parametrize(("name", "task"), [("T5", "SEQ_2_SEQ_LM"), ("Whisper", None), ("MoonshineStreaming", None)])
+def test_models_that_take_no_tokens_have_no_task_that_hands_them_tokens(name, task):
+    config = {"architectures": [f"{name}ForConditionalGeneration"], "is_encoder_decoder": True}
+    assert task_type(config) == task
