@@ -201,6 +201,15 @@ def test_nothing_to_open_is_said_plainly(tmp_path, make, message):
         ws.open(tmp_path / "m.x")
 
 
+def test_adapters_in_folders_of_their_names_are_pointed_to(tmp_path):
+    """PEFT saves adapters that are not named default so."""
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "README.md").write_text("")
+    with pytest.raises(CheckpointError, match=r"holds no weights .*; an adapter is in .*style$"):
+        ws.open(tmp_path)
+
+
 def test_a_revision_of_a_folder_is_refused_not_ignored(write_model):
     with pytest.raises(CheckpointError, match="leave out @v2"):
         ws.open(f"{write_model('m', ONE)}@v2")

@@ -17,7 +17,7 @@ from weightsmith.cli.main import main
 from weightsmith.errors import CheckpointError, MethodError, OutputError, PlanError
 from weightsmith.extraction.difference import Difference
 from weightsmith.extraction.modules import Modules
-from weightsmith.extraction.placement import target_names
+from weightsmith.extraction.placement import target_names, task_type
 from weightsmith.extraction.ranks import Candidate, Ranks, choose
 
 PREFIX = "base_model.model."
@@ -331,7 +331,7 @@ def test_modules_are_told_by_names_shapes_and_biases():
         ({"kind": "sparse", "density": 2}, "share above 0"),
         ({"kind": "sign", "rank": 4}, "rank means nothing"),
         ({"kind": "quantized", "bits": 2, "quantizer": "log2"}, "from 3 to 8"),
-        ({"kind": "quantized", "bits": 4}, "one of linear, log2, tanh"),
+        ({"kind": "quantized", "bits": 4}, "give bits, such as 4, and quantizer, one of linear, log2, tanh"),
         ({"kind": "lara", "rank": 4}, "one of lora"),
         ({"rank": 4, "dtype": "float8_e4m3fn"}, "too coarse"),
         ({"rank": 4, "rename": ["("]}, "PATTERN=REPLACEMENT"),
@@ -460,3 +460,17 @@ def test_the_command_says_what_is_lost(models, tmp_path, capsys):
     code, _, err = run(tmp_path / "c")
     assert code == 1
     assert "give one of rank" in err
+
+
+def test_models_of_two_kinds_are_told(write_model):
+    tuned = write_model("llama", llama_tensors(1))
+    other = write_model("other", llama_tensors(2), {"model_type": "mistral"})
+    (warning,) = ws.extract(tuned, other, rank=2, threads=1).warnings
+    assert "of the kind llama" in warning
+    assert "of the kind mistral" in warning
+
+
+@pytest.mark.parametrize(("name", "task"), [("T5", "SEQ_2_SEQ_LM"), ("Whisper", None), ("MoonshineStreaming", None)])
+def test_models_that_take_no_tokens_have_no_task_that_hands_them_tokens(name, task):
+    config = {"architectures": [f"{name}ForConditionalGeneration"], "is_encoder_decoder": True}
+    assert task_type(config) == task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import permutations
@@ -11,6 +12,7 @@ from weightsmith import dtypes
 from weightsmith.adapters.change import Change, LowRank
 from weightsmith.adapters.forms import Shape, declared
 from weightsmith.adapters.layer import Layer, Weight
+from weightsmith.adapters.loaded import Experts, join_experts, stored_names
 from weightsmith.adapters.registry import Parameterization, get_parameterization
 from weightsmith.adapters.settings import Setting, Settings
 from weightsmith.checkpoint.checkpoint import Checkpoint
@@ -36,6 +38,8 @@ class Adapter:
         plain: name in the base -> tensor that takes its place (trained biases, ``modules_to_save``).
         shared: part -> tensor, of what all layers share.
         tokens: embeddings in the base -> rows that are trained, and the places at which they stand.
+        experts: modules -> what they change, where that is a parameter that a base's experts are joined to when it is
+            loaded; known once the base is (:meth:`bind`).
         transposed: whether its config says that layers are stored as ``[in, out]``.
     """
 
@@ -65,6 +69,8 @@ class Adapter:
         self._twice: set[str] = set()
         # Modules whose weight is not named after them.
         self._weights: dict[str, str] = {}
+        # Modules that are parameters of experts which the base stores one by one.
+        self.experts: dict[str, Experts] = {}
         self._read()
 
     @property
@@ -136,9 +142,12 @@ class Adapter:
         for module in self.modules.keys() - self._weights.keys():
             levels.setdefault(re.sub(r"(\.base_layer)+$", "", module), []).append(module)
         for path, modules in levels.items():
-            self._bind(path, modules, _parameters(path, targets, base), base)
+            joined = join_experts(path, base)
+            known = ChainMap[str, Tensor]({**joined}, base)  # type: ignore[arg-type]
+            self._bind(path, modules, _parameters(path, targets, known), known)
+            self.experts |= {name: joined[name] for name in self.modules.keys() & joined.keys()}
 
-    def _bind(self, path: str, modules: list[str], names: list[str], base: Checkpoint) -> None:
+    def _bind(self, path: str, modules: list[str], names: list[str], base: Mapping[str, Tensor]) -> None:
         if not names and modules == [path]:
             # A module whose own weight is changed, in an adapter that changes parameters as well.
             return
@@ -262,7 +271,7 @@ class Adapter:
 
     def _check_shared(self) -> None:
         known = {name.partition(".")[0] for name in self.shared}
-        if known and not self.modules:
+        if not self.modules and (known or not (self.plain or self.tokens)):
             raise CheckpointError(f"{self.name} holds nothing for any layer{self._remedy}")
         needed = {part for form in self.kind.forms for part in form.shared}
         absent = [part for part in self.kind.shared if part not in known and (part in needed or self.kind.lacking)]
@@ -329,7 +338,7 @@ class Adapter:
             )
 
 
-def _parameters(path: str, targets: list[str], base: Checkpoint) -> list[str]:
+def _parameters(path: str, targets: list[str], base: Mapping[str, Tensor]) -> list[str]:
     """Return the base's tensors that are a module's own parameters, and targets of an adapter."""
     lasts = dict.fromkeys(target.rpartition(".")[2] for target in targets)
     outer = (path, path.partition(".")[2])
@@ -344,7 +353,10 @@ def plain_name(key: str) -> str:
 
 
 class Names:
-    """The tensors of a base by their names, with or without the first parts, which wrappers of a model add."""
+    """The tensors of a base by their names, with or without the first parts, which wrappers of a model add.
+
+    Names are also taken as transformers gives them to modules of models that it stores under others.
+    """
 
     def __init__(self, base: Checkpoint) -> None:
         """Look at a base's names."""
@@ -371,14 +383,17 @@ class Names:
         Raises:
             PlanError: if the base has no such tensor.
         """
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in self._base:
-                return candidate
-        longer = self._endings.get(name)
-        if longer is not None:
-            return longer
+        for spelled in (name, *stored_names(name)):
+            for candidate in (spelled, spelled.partition(".")[2]):
+                if candidate in self._base:
+                    return candidate
+            longer = self._endings.get(spelled)
+            if longer is not None:
+                return longer
+        quantised = "; it is quantised: fold into the model that it was made from"
         raise PlanError(
-            f"{adapter} changes {name}, which {self._base.name} does not have{did_you_mean(name, self._base)}"
+            f"{adapter} changes {name}, which {self._base.name} does not have"
+            f"{quantised if self._base.config.get('quantization_config') else did_you_mean(name, self._base)}"
         )
 
 

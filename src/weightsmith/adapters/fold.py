@@ -11,14 +11,16 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.adapters.adapter import Adapter, Names
-from weightsmith.adapters.change import Rows, Whole
+from weightsmith.adapters.change import LowRank, Rows, Whole
 from weightsmith.adapters.folded import FoldedTensor, Term
+from weightsmith.adapters.kinds.low_rank import factors_of_experts
 from weightsmith.adapters.layer import Weight
 from weightsmith.adapters.layouts.normal import normalize
 from weightsmith.adapters.replicated import replicated
 from weightsmith.architecture.config import is_head, row_counts, tied_embeddings, tied_source, untie, with_rows
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.recent import RECENT
 from weightsmith.checkpoint.rows import FLOAT64, read_wide
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.errors import PlanError
@@ -32,6 +34,8 @@ _CONV1D = {"gpt2", "imagegpt", "openai-gpt", "decision_transformer"}
 _SCALED = {"t5", "umt5", "longt5", "switch_transformers", "pop2piano"}
 # Models of transformers whose experts are stored as [experts, in, out]; only square ones do not tell by their shapes.
 _EXPERTS_TURNED = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
+# What follows a tensor's name in those of its scales, where a model is quantised: in blocks of FP8, bitsandbytes.
+_SCALES = ("_scale_inv", "_scale", "_scale_2", ".absmax")
 
 
 def fold(
@@ -100,7 +104,7 @@ class _Folding:
         for name in longer:
             self._add_plain(adapter, name, adapter.plain[name], weight)
         square = adapter.transposed or self.config.get("model_type") in _EXPERTS_TURNED
-        sides = {module: self._sides(adapter, module) for module in adapter.modules}
+        sides = {module: self._sides(adapter, module) for module in adapter.modules if module not in adapter.experts}
         alike: dict[str, set[bool]] = {}
         for module, known in sides.items():
             alike.setdefault(module.rpartition(".")[2], set()).update(() if known is None else (known,))
@@ -111,6 +115,8 @@ class _Folding:
             told = next((one for one in (alike[module.rpartition(".")[2]], anywhere) if len(one) == 1), {square})
             (likely,) = told
             self._add_layer(adapter, module, weight, transposed=bool(likely if known is None else known))
+        for module in adapter.experts:
+            self._add_experts(adapter, module, weight)
         for name, tensor in adapter.plain.items():
             if name not in longer:
                 self._add_plain(adapter, name, tensor, weight)
@@ -218,6 +224,30 @@ class _Folding:
 
         self._terms.setdefault(bias, []).append(Term(weight, lambda: Whole(changed)))
 
+    def _add_experts(self, adapter: Adapter, module: str, weight: float) -> None:
+        """Add a change of a parameter that experts are joined to when they are loaded, to each of them."""
+        joined = adapter.experts[module]
+        layer = adapter.layer(module, Weight(joined))
+        nbytes = sum(part.size for part in layer.parts.values()) * FLOAT64.itemsize
+
+        def product(expert: int, first: int, last: int) -> LowRank:
+            # One of the factors is stored with the experts side by side: all are read at once, and kept for the others.
+            left, right = RECENT.get(layer, lambda: factors_of_experts(layer))
+            return LowRank(left[expert, first:last], right[expert])
+
+        for number, tensors in enumerate(joined.experts):
+            first = 0
+            for tensor in tensors:
+                self._check_codes(adapter, tensor.name)
+                last = first + tensor.shape[0]
+                term = Term(weight, partial(product, number, first, last), nbytes)
+                self._terms.setdefault(tensor.name, []).append(term)
+                if self._transposed.setdefault(tensor.name, False):
+                    raise PlanError(
+                        f"{adapter.name} changes {tensor.name}, which another adapter takes as stored transposed"
+                    )
+                first = last
+
     def _add_plain(self, adapter: Adapter, name: str, tensor: Tensor, weight: float) -> None:
         if is_head(name) and name not in self._base and not adapter.saves(name):
             source = tied_source(name, self._base)
@@ -259,7 +289,21 @@ class _Folding:
             if source is not None:
                 self._untie(adapter, name, source)
                 return name
-        return self._names.find(name, adapter.name)
+        found = self._names.find(name, adapter.name)
+        self._check_codes(adapter, found)
+        return found
+
+    def _check_codes(self, adapter: Adapter, target: str) -> None:
+        """Refuse a tensor of the base that holds codes of a quantised model: what is added means nothing to them."""
+        quantised = self._base.config.get("quantization_config")
+        tensor = self._base[target]
+        scales = [target + end for end in _SCALES] + [target.removesuffix("weight") + "scale_weight"]
+        narrow = bool(quantised) and dtypes.is_float(tensor.dtype) and tensor.dtype.itemsize < 2
+        if narrow or any(name in self._base for name in scales):
+            raise PlanError(
+                f"{adapter.name} changes {target}, which is quantised in {self._base.name}: it holds codes "
+                f"({dtypes.name_of(tensor.dtype)}), not weights; fold into the model that it was made from"
+            )
 
     def _keep_head(self, adapter: Adapter, target: str) -> None:
         """Give a head of its own to a model whose head is its embeddings, where an adapter changes those alone."""

@@ -16,7 +16,7 @@ from weightsmith.adapters.adapter import Adapter, Names
 from weightsmith.adapters.change import LowRank
 from weightsmith.adapters.fold import fold
 from weightsmith.adapters.folded import FoldedTensor
-from weightsmith.adapters.kinds.low_rank import scale
+from weightsmith.adapters.kinds.low_rank import factors_of_experts, scale
 from weightsmith.adapters.layer import Layer, Weight
 from weightsmith.adapters.layouts.normal import normalize
 from weightsmith.checkpoint import open_checkpoint
@@ -40,7 +40,8 @@ class InspectedLayer:
         scale: what the factors are multiplied with, where the kind has such a number.
         norm: Frobenius norm of the change; None where it cannot be told without a base.
         spectral: its largest singular value.
-        effective: its effective rank: the exponential of the entropy of its singular values as shares of their sum.
+        effective: its effective rank: the exponential of the entropy of its singular values as shares of their sum; of
+            experts in one parameter the mean of theirs.
         relative: its norm as a share of that of the base's weight; None without a base.
     """
 
@@ -120,6 +121,8 @@ def inspect(adapter: Source, base: Source | None = None, *, threads: int | None 
         )
     model = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
     opened = Adapter(normalize(checkpoint, model))
+    if model is not None:
+        opened.bind(model)
     checkpoint = opened.checkpoint
     looking = _Looking(opened, model)
     with ThreadMapper(threads or default_threads(), matrices=True) as mapper:
@@ -164,6 +167,9 @@ class _Looking:
 
     def layer(self, module: str) -> InspectedLayer:
         adapter = self._adapter
+        weight = self._experts(module)
+        if weight is not None:
+            return _of_experts(adapter.layer(module, weight), weight)
         tensor = self._tensor(module)
         try:
             layer = adapter.layer(module, None if tensor is None else tensor.view)
@@ -193,10 +199,21 @@ class _Looking:
             relative,
         )
 
+    def _experts(self, module: str) -> Weight | None:
+        """Return the weights of several experts that a module's parts change, as one; None for any other module."""
+        if module in self._adapter.experts:
+            return Weight(self._adapter.experts[module])
+        if self._folded is None or module not in self._folded:
+            return None
+        # A parameter of this name, and no module's weight.
+        tensor = self._folded[module]
+        return tensor.view if isinstance(tensor, FoldedTensor) and len(tensor.shape) == 3 else None
+
     def _tensor(self, module: str) -> FoldedTensor | None:
         if self._folded is None or self._names is None:
             return None
-        tensor = self._folded[self._names.find(f"{module}.weight", self._adapter.name)]
+        name = self._adapter.weight_name(module, self._folded)
+        tensor = self._folded[self._names.find(name, self._adapter.name)]
         if not isinstance(tensor, FoldedTensor):
             raise PlanError(f"{self._adapter.name}: {module} has no weight of its own in the base")
         return tensor
@@ -212,6 +229,27 @@ class _Looking:
             return found if isinstance(found, LowRank) else None
         found = tensor.terms[0].make()
         return found if isinstance(found, LowRank) else tensor.change()
+
+
+def _of_experts(layer: Layer, weight: Weight) -> InspectedLayer:
+    """Look at a change of several experts: the norm of all together, the largest singular value, the mean rank."""
+    left, right = factors_of_experts(layer)
+    values = [_values(layer, LowRank(*one)) for one in zip(left, right, strict=True)]
+    found = np.stack([one for one in values if one is not None])
+    norm = float(np.linalg.norm(found))
+    own = math.hypot(*(float(np.linalg.norm(rows)) for _, rows in Weight(weight.tensor).tiles()))
+    rank = left.shape[2]
+    return InspectedLayer(
+        layer.name,
+        layer.known_shape,
+        sum(part.size for part in layer.parts.values()),
+        rank,
+        scale(layer, rank),
+        norm,
+        float(found.max(initial=0.0)),
+        float(np.mean([effective_rank(xp, one) for one in found])),
+        norm / own if own else None,
+    )
 
 
 def _values(layer: Layer, change: LowRank | Array | None) -> Array | None:

@@ -207,7 +207,10 @@ def read_folder(path: str, entries: list[str]) -> Found:
         check_inside(path, _SHARDED)
         return torch_distributed.read_distributed(join(path, _SHARDED))
     shown = ", ".join(entries[:8]) + (" …" if len(entries) > 8 else "")
-    raise CheckpointError(f"{path} holds no weights (safetensors or PyTorch); there is: {shown}")
+    # PEFT saves each adapter that is not named default in a folder of its name.
+    within = [entry for entry in entries if (Path(path) / entry / "adapter_config.json").is_file()]
+    hint = f"; an adapter is in {Path(path) / within[0]}" if within else ""
+    raise CheckpointError(f"{path} holds no weights (safetensors or PyTorch); there is: {shown}{hint}")
 
 
 def is_weights(entry: str) -> bool:

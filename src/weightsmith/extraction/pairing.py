@@ -95,12 +95,16 @@ class Pairing:
         return found
 
     def notes(self) -> list[str]:
-        """Return what a person should know of tensors that the fine-tune lacks."""
+        """Return what a person should know of models of two kinds, and of tensors that the fine-tune lacks."""
+        own, other = (one.config.get("model_type") for one in (self.finetuned, self.base))
+        differ = own is not None and other is not None and own != other
+        kinds = f"{self.finetuned.name} is of the kind {own} and {self.base.name} of the kind {other}: "
+        found = [kinds + "what is extracted means something only if one was made from the other"] if differ else []
         missing = [name for name, tensor in self.base.items() if id(tensor) not in self._found and not is_head(name)]
         if not missing:
-            return []
+            return found
         names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        return [f"the base has {len(missing)} tensors that the fine-tune lacks, and keeps them: {names}"]
+        return [*found, f"the base has {len(missing)} tensors that the fine-tune lacks, and keeps them: {names}"]
 
     @cached_property
     def _found(self) -> set[int]:

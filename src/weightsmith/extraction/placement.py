@@ -24,6 +24,8 @@ _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
 )
+# Encoders and decoders whose inputs are no tokens: of that task, PEFT hands a model tokens, which they do not take.
+_NO_TOKENS = re.compile(r"Whisper|Speech|Moonshine|Pop2Piano|Pix2Struct")
 # Architectures that give every token a chance.
 _WITH_HEAD = re.compile(r"(LMHeadModel|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining|Generation))")
 # The modules that PEFT adds to modules_to_save for a task, by the ends of their names; it then needs their tensors.
@@ -38,7 +40,7 @@ def task_type(config: Mapping[str, Any]) -> str | None:
     """Return PEFT's name of a model's task, or None where the architecture tells of none that PEFT knows."""
     name = _architecture(config)
     if name.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
-        return "SEQ_2_SEQ_LM"
+        return None if _NO_TOKENS.match(name) else "SEQ_2_SEQ_LM"
     return next((task for ending, task in _TASKS if name.endswith(ending)), None)
 
 

@@ -100,7 +100,11 @@ class Recipe:
                         "SHiRA has as many entries in every matrix as its rank says; scope model needs density"
                     )
         elif self.kind == "quantized":
-            self._check_choice("quantizer", QUANTIZERS, needed=True)
+            if self.quantizer is None or self.bits is None:
+                raise MethodError(
+                    f"of a quantized adapter, give bits, such as 4, and quantizer, one of {', '.join(QUANTIZERS)}"
+                )
+            self._check_choice("quantizer", QUANTIZERS)
             least = 3 if self.quantizer == "log2" else 1
             if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not least <= self.bits <= 8:
                 raise MethodError(
@@ -142,9 +146,9 @@ class Recipe:
             if getattr(self, name) != defaults[name]:
                 raise MethodError(f"{name} means nothing for the kind {self.kind}")
 
-    def _check_choice(self, name: str, choices: Sequence[str], *, needed: bool = False) -> None:
+    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
         value = getattr(self, name)
-        if value is None and not needed:
+        if value is None:
             return
         if value not in choices:
             near = did_you_mean(value, choices) if isinstance(value, str) else ""

@@ -29,6 +29,9 @@ from weightsmith.engine.threads import default_threads
 from weightsmith.errors import CheckpointError, OutputError
 from weightsmith.plan.provenance import describe, files_of, hash_inputs, write_into_header, write_manifest
 
+# How diffusers names the weights of its own models.
+_DIFFUSERS = "diffusion_pytorch_model"
+
 
 class Output(Checkpoint):
     """A checkpoint whose tensors are computed as they are written.
@@ -296,10 +299,11 @@ def check_folder(target: str | os.PathLike[str], what: str) -> None:
 def parts_of(checkpoint: Checkpoint) -> list[Part]:
     """Return the models whose files a checkpoint is written as: itself, or a pipeline's components."""
     if not checkpoint.components:
-        return [Part()]
+        # A model of diffusers by itself is known by its config, which names its class so.
+        return [Part("", _DIFFUSERS if "_class_name" in checkpoint.config else "model")]
     return [
-        # diffusers names the weights of its own models so; those of transformers keep transformers' name.
-        Part(f"{component}/", "model" if _is_transformers(checkpoint, component) else "diffusion_pytorch_model")
+        # Models of transformers keep transformers' name within a pipeline.
+        Part(f"{component}/", "model" if _is_transformers(checkpoint, component) else _DIFFUSERS)
         for component in checkpoint.components
     ]
 

@@ -259,6 +259,11 @@ def _opened(checkpoint: Checkpoint, base: Checkpoint | None) -> Adapter:
         raise CheckpointError(
             f"{checkpoint.name} is no adapter: it has no adapter_config.json; 'weightsmith merge' merges models"
         )
+    if checkpoint.config.get("target_parameters"):
+        raise CheckpointError(
+            f"{checkpoint.name} changes parameters of experts (target_parameters in its config), and adapters of these "
+            "are not combined: fold each into the base, or all of them at once (weightsmith fuse)"
+        )
     return Adapter(normalize(checkpoint, base))
 
 

@@ -203,11 +203,16 @@ def _full(blocks: Array, count: int) -> Array:
     return full
 
 
-def _of_experts(layer: Layer) -> Change:
+def factors_of_experts(layer: Layer) -> tuple[Array, Array]:
+    """Return the factors of a change of experts: ``[experts, out, rank]``, scaled, and ``[experts, rank, in]``."""
     count, rank = layer.length("e"), layer.whole("r")
     down = layer.array("lora_A").reshape(count, rank, -1)
     up = layer.array("lora_B")
-    up = np.ascontiguousarray(up.reshape(len(up), rank, count).transpose(2, 0, 1)) * scale(layer, rank)
+    return np.ascontiguousarray(up.reshape(len(up), rank, count).transpose(2, 0, 1)) * scale(layer, rank), down
+
+
+def _of_experts(layer: Layer) -> Change:
+    up, down = factors_of_experts(layer)
     left, right = (down.transpose(0, 2, 1), up.transpose(0, 2, 1)) if layer.weight.transposed else (up, down)
 
     def delta(start: int, stop: int) -> Array:
