@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from weightsmith.checkpoint import storage
 from weightsmith.checkpoint.storage import Source
 from weightsmith.checkpoint.tensor import Tensor
 
@@ -75,3 +77,23 @@ def scratch_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="weightsmith-fuzz-", dir=place))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def only_files_in(folder: Path) -> Iterator[None]:
+    """Have it be a defect that a file is opened which is not in a folder, or below it; links are followed."""
+    opened: list[str] = []
+    really_open = storage.open_regular
+
+    def watch(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
+        opened.append(os.fspath(path))
+        return really_open(path)
+
+    storage.open_regular = watch
+    try:
+        yield
+    finally:
+        storage.open_regular = really_open
+    for path in opened:
+        if not os.path.realpath(path).startswith(f"{folder}{os.sep}"):
+            raise Defect(f"{path!r} was opened")

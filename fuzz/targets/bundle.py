@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from fuzz.mutate import text_mutator
-from fuzz.target import Defect, Target, check_tensor, scratch_folder
+from fuzz.target import Target, check_tensor, only_files_in, scratch_folder
 from weightsmith.bundle import create
 from weightsmith.bundle.bundle import Bundle
 from weightsmith.bundle.kind import kinds
-from weightsmith.checkpoint import storage
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.folder import BUNDLE_FILE
 from weightsmith.checkpoint.tensor import ArrayTensor
@@ -62,23 +62,8 @@ def run(content: bytes) -> None:
     """Open a bundle whose description is this, after a byte that says which; only its own files may be opened."""
     folder = _folder(content[0] % len(_CASES) if content else 0)
     (folder / BUNDLE_FILE).write_bytes(content[1:])
-    opened: list[str] = []
-    really_open = storage.open_regular
-
-    def watch(path: str | os.PathLike[str]) -> tuple[int, os.stat_result]:
-        opened.append(os.fspath(path))
-        return really_open(path)
-
-    storage.open_regular = watch
-    try:
+    with only_files_in(folder), suppress(CheckpointError):
         _use(Bundle(str(folder)))
-    except CheckpointError:
-        pass
-    finally:
-        storage.open_regular = really_open
-    for path in opened:
-        if not os.path.realpath(path).startswith(f"{folder}{os.sep}"):
-            raise Defect(f"{path!r} was opened")
 
 
 def _use(bundle: Bundle) -> None:
