@@ -410,7 +410,7 @@ def test_command_line(shell, tmp_path, write_model):
     for count, model in enumerate(models, 1):
         code, text = shell("average", "--update", state, model, *(["--weights", "swag"] if count == 1 else []))
         assert code == 0, text
-        assert f"swag of {count} checkpoints, up to step {count}" in text
+        assert f"swag of {count} checkpoint{'s' * (count > 1)}, up to step {count}" in text
     code, text = shell("average", "--update", state, models[1])
     assert (code, "in the average already" in text) == (1, True)
     assert shell("average", "--from", state, tmp_path / "out", "--dtype", "bfloat16", "--quiet") == (0, "")

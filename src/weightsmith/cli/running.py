@@ -75,7 +75,8 @@ def write_update(state: str, checkpoint: str, target: str | None) -> None:
         if not json_log:
             record = done.record
             step = "" if record.step is None else f", up to step {record.step:,}"
-            click.echo(f"{printable(state)}: {record.averaging} of {record.count:,} checkpoints{step}", err=True)
+            of = "1 checkpoint" if record.count == 1 else f"{record.count:,} checkpoints"
+            click.echo(f"{printable(state)}: {record.averaging} of {of}{step}", err=True)
 
 
 def write_average(state: str, target: str, more: str | None) -> None:
