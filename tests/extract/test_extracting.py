@@ -259,6 +259,17 @@ def test_modules_are_named_as_asked(models):
         extract(models, rank=1, rename=[r"layers\.\d=layers.0"])
 
 
+def test_names_under_which_peft_would_find_nothing_are_told(write_model):
+    names = [f"vit.encoder.layer.{i}.attention.attention.query.weight" for i in range(2)]
+    base, tuned = ({name: np.full((4, 4), value, np.float32) for name in names} for value in (0, 1))
+    pair = write_model("base", base), write_model("tuned", tuned)
+    (warning,) = extract(pair, rank=1).warnings
+    assert "attention.attention.query as attention.q_proj" in warning
+    assert "--rename" in warning
+    assert not extract(pair, rank=1, rename=[r"attention\.attention\.query=attention.q_proj"]).warnings
+    assert not extract(pair, kind="sign").warnings
+
+
 def test_short_names_are_used_only_where_they_fit_nothing_else():
     paths = {"a", "a.q", "a.k", "b", "b.q", "q_more"}
     assert target_names(["a.q", "b.q"], paths) == ["q"]

@@ -7,7 +7,7 @@ for each projection, and modules of some models have new names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -49,6 +49,22 @@ def stored_names(name: str) -> Iterator[str]:
             spelled = re.sub(pattern, replacement, spelled)
         if spelled != name:
             yield spelled
+
+
+# What stored names hold -> what stands there once transformers 5 has loaded the model.
+_LOADED = {
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".block_sparse_moe.": ".mlp.",
+}
+
+
+def renamed_as_loaded(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return a part of stored names that transformers 5 changes as it loads a model, and what it becomes; or None."""
+    for name in names:
+        for stored, loaded in _LOADED.items():
+            if stored in name:
+                return stored.strip("."), loaded.strip(".")
+    return None
 
 
 class Experts(Tensor):

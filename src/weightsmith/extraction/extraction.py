@@ -13,6 +13,7 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.adapters.codes import Quantization
+from weightsmith.adapters.loaded import renamed_as_loaded
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import tokenizer_files, write_companions
 from weightsmith.checkpoint.layout import Part as FilePart
@@ -222,6 +223,13 @@ class Extraction(Output):
                     matrices = [entry for entry in matrices if entry[0] is not one]
                     self._keep_or_leave(one.name, "rows of zeros have no direction (DoRA)")
         self._make_parts(matrices, mapper)
+        renamed = renamed_as_loaded(one.name for one, _ in matrices)
+        if renamed is not None and (recipe.kind == "lora" or recipe.rank is not None) and not recipe.rename:
+            notes.append(
+                f"transformers 5 loads this model's {renamed[0]} as {renamed[1]}, and PEFT ignores keys of other names "
+                "without a word: give --rename for models that it loads (docs/guide/extract.md); weightsmith itself "
+                "folds either"
+            )
         return notes
 
     def _is_taken_apart(self, one: Difference, module: Module | None) -> bool:
