@@ -131,20 +131,21 @@ class FoldedTensor(Tensor):
 
     def _of_tiles(self, changes: Sequence[Change], start: int, stop: int) -> Array:
         rows, width = self._view.sides
-        # Rows longer than a tile, as those of experts are, are taken one at a time.
-        step = tile_rows(width) * (_WIDER if tile_rows(width) > 1 else 1)
 
-        def made(first: int) -> tuple[Array]:
-            last = min(first + step, rows)
+        def made(first: int, last: int) -> tuple[Array]:
             base = read_wide(self.base, first * width, last * width).reshape(last - first, width)
             return (self._changed(changes, base, first).reshape(-1),)
 
-        result = np.empty(stop - start)
-        for first in range(start // width // step * step, -(-stop // width), step):
-            (tile,) = _TILES.get(self, partial(made, first), first)
-            begin, end = max(start, first * width), min(stop, first * width + len(tile))
-            result[begin - start : end - start] = tile[begin - first * width : end - first * width]
-        return result
+        # Rows longer than a tile, as those of experts are, are taken one at a time.
+        tiles = _WIDER if tile_rows(width) > 1 else 1
+        return tiled(
+            start,
+            stop,
+            width,
+            rows,
+            lambda first, last: _TILES.get(self, partial(made, first, last), first)[0],
+            tiles=tiles,
+        )
 
     def _whole(self, changes: Sequence[Change]) -> Array:
         return self._changed(changes, self._view.matrix(), 0)

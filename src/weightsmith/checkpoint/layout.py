@@ -15,6 +15,8 @@ from weightsmith import dtypes
 from weightsmith.dtypes import DType
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
+# The size of shards where there is to be one: loaders of adapters do not look for more.
+ONE_FILE = 1 << 62
 
 
 class Entry(Protocol):

@@ -24,7 +24,7 @@ def tile_rows(width: int) -> int:
     return max(_TILE // max(width, 1), 1)
 
 
-def tiled(start: int, stop: int, width: int, rows: int, make: Callable[[int, int], Array]) -> Array:
+def tiled(start: int, stop: int, width: int, rows: int, make: Callable[[int, int], Array], *, tiles: int = 1) -> Array:
     """Return elements of a matrix that is made in tiles of rows: ``[stop - start]``, float64.
 
     Args:
@@ -33,8 +33,9 @@ def tiled(start: int, stop: int, width: int, rows: int, make: Callable[[int, int
         width: columns of the matrix.
         rows: rows of it.
         make: returns rows ``first`` to ``last``: ``[last - first, width]``, or any shape of as many elements.
+        tiles: how many tiles are made at once.
     """
-    step = tile_rows(width)
+    step = tile_rows(width) * tiles
     result = np.empty(stop - start)
     for first in range(start // width // step * step, -(-stop // width), step):
         last = min(first + step, rows)

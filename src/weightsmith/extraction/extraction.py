@@ -16,6 +16,7 @@ from weightsmith.adapters.codes import Quantization
 from weightsmith.adapters.loaded import renamed_as_loaded
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import tokenizer_files, write_companions
+from weightsmith.checkpoint.layout import ONE_FILE
 from weightsmith.checkpoint.layout import Part as FilePart
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
@@ -49,7 +50,6 @@ from weightsmith.plan.output import Output, check_folder
 _RESIDENT = 150_000_000
 # Most bytes of decompositions that are kept from choosing ranks until the factors are made.
 _KEPT = 256_000_000
-_ONE_FILE = 1 << 62
 
 
 class Extraction(Output):
@@ -99,7 +99,7 @@ class Extraction(Output):
         self._finetuned = finetuned
         self._config = finetuned.config or base.config
         self._modules = Modules(finetuned, self._config)
-        self._task = task_type(self._config) if recipe.kind == "lora" or recipe.rank is not None else None
+        self._task = task_type(self._config) if recipe.for_peft else None
         self._tie = find_tie(finetuned, self._config)
         self._renaming = Renaming(recipe.rename)
         self._whole: list[str] = []
@@ -144,7 +144,7 @@ class Extraction(Output):
             self._room.limit = max(options["memory"] - _RESIDENT, 1)
             self._check_memory(options["memory"])
         with ThreadMapper(1, matrices=self.recipe.kind == "lora"), self._ahead.working(self.parts_of, threads):
-            return super().save(target, **{**options, "shard_size": _ONE_FILE})
+            return super().save(target, **{**options, "shard_size": ONE_FILE})
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
         """See :meth:`Output.write_beside`: the adapter's config, the report, and the tokenizer."""
@@ -224,7 +224,7 @@ class Extraction(Output):
                     self._keep_or_leave(one.name, "rows of zeros have no direction (DoRA)")
         self._make_parts(matrices, mapper)
         renamed = renamed_as_loaded(one.name for one, _ in matrices)
-        if renamed is not None and (recipe.kind == "lora" or recipe.rank is not None) and not recipe.rename:
+        if renamed is not None and recipe.for_peft and not recipe.rename:
             notes.append(
                 f"transformers 5 loads this model's {renamed[0]} as {renamed[1]}, and PEFT ignores keys of other names "
                 "without a word: give --rename for models that it loads (docs/guide/extract.md); weightsmith itself "

@@ -18,6 +18,7 @@ from weightsmith.adapters.folded import FoldedTensor, Term
 from weightsmith.architecture.stacks import analyse
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
+from weightsmith.checkpoint.layout import ONE_FILE
 from weightsmith.checkpoint.layout import Part as FilePart
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
@@ -38,7 +39,6 @@ from weightsmith.methods.matrices import leading_work
 from weightsmith.plan.output import Output, check_folder
 
 _FLOAT64 = np.dtype(np.float64)
-_ONE_FILE = 1 << 62
 
 
 class Start:
@@ -277,7 +277,7 @@ class StartingAdapter(_Starting):
     def save(self, target: str | os.PathLike[str], **options: Any) -> Summary:
         """Compute the factors and write them; see :meth:`Output.save`. There is one file, as PEFT reads it."""
         check_folder(target, "an adapter is a folder, with its config beside the weights")
-        return super().save(target, **{**options, "shard_size": _ONE_FILE})
+        return super().save(target, **{**options, "shard_size": ONE_FILE})
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
         """See :meth:`Output.write_beside`: the adapter's config."""

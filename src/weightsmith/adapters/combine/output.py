@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
-from weightsmith.checkpoint.layout import Part
+from weightsmith.checkpoint.layout import ONE_FILE, Part
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import Plan
@@ -17,7 +17,6 @@ from weightsmith.plan.output import Output, check_folder
 
 ADAPTER = "adapter_model"
 CONFIG = "adapter_config.json"
-_ONE_FILE = 1 << 62
 
 
 class AdapterOutput(Output):
@@ -65,7 +64,7 @@ class AdapterOutput(Output):
             **options: those of :meth:`Output.save`, but for the shard size: PEFT reads one file.
         """
         check_folder(target, "an adapter is a folder, with its config beside the weights")
-        return super().save(target, **{**options, "shard_size": _ONE_FILE})
+        return super().save(target, **{**options, "shard_size": ONE_FILE})
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
         """See :meth:`Output.write_beside`: configs, and what travels beside the first adapter."""

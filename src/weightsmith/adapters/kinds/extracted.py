@@ -17,6 +17,7 @@ from weightsmith.adapters.codes import (
     unpack_codes,
 )
 from weightsmith.adapters.forms import Form
+from weightsmith.adapters.kinds.sparse import Scattered
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
@@ -39,19 +40,7 @@ def sparse(layer: Layer) -> Change:
     places, values = layer.integers(PLACES, layer.rows * layer.columns), layer.array(VALUES)
     if (np.diff(places) <= 0).any():
         raise layer.error(f"{PLACES} must rise, so that no entry is there twice")
-    return _scattered(places, values, layer.columns)
-
-
-def _scattered(places: Array, values: Array, columns: int) -> Change:
-    """Return values that are added at places that do not fall."""
-
-    def delta(start: int, stop: int) -> Array:
-        first, last = np.searchsorted(places, (start * columns, stop * columns))
-        found = np.zeros((stop - start) * columns)
-        np.add.at(found, places[first:last] - start * columns, values[first:last])
-        return found.reshape(stop - start, columns)
-
-    return Added(delta, [places, values])
+    return Scattered(places, values, layer.columns)
 
 
 def _check_signs(layer: Layer) -> None:

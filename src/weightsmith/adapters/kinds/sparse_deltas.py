@@ -8,6 +8,7 @@ import numpy as np
 
 from weightsmith.adapters.change import Added, Change, LowRank, Rows
 from weightsmith.adapters.forms import Form, form
+from weightsmith.adapters.kinds.sparse import Scattered
 from weightsmith.adapters.layer import Layer
 from weightsmith.adapters.registry import parameterization
 from weightsmith.adapters.settings import Setting
@@ -108,24 +109,16 @@ def _sparse(layer: Layer) -> Change:
     if (places[1:] == places[:-1]).any():
         raise layer.error(f"sparse_indices holds {places[:-1][places[1:] == places[:-1]][0]} twice")
     width = layer.columns
-
-    def here(start: int, stop: int) -> tuple[Array, Array]:
-        first, last = np.searchsorted(places, (start * width, stop * width))
-        return places[first:last] - start * width, values[first:last]
-
-    def added(start: int, stop: int) -> Array:
-        delta = np.zeros((stop - start) * width)
-        at, new = here(start, stop)
-        delta[at] = new
-        return delta.reshape(-1, width)
+    if not layer.flag("sparse_replace"):
+        return Scattered(places, values, width)
 
     def replaced(base: Array, start: int) -> Array:
         changed = base.reshape(-1).copy()
-        at, new = here(start, start + len(base))
-        changed[at] = new
+        first, last = np.searchsorted(places, (start * width, (start + len(base)) * width))
+        changed[places[first:last] - start * width] = values[first:last]
         return changed.reshape(base.shape)
 
-    return Rows(replaced, [places, values]) if layer.flag("sparse_replace") else Added(added, [places, values])
+    return Rows(replaced, [places, values])
 
 
 def _below(layer: Layer, threshold: float) -> Array:

@@ -16,7 +16,7 @@ from weightsmith.adapters.layouts.read import read
 from weightsmith.adapters.layouts.towers import towers_of
 from weightsmith.adapters.layouts.write import WRITERS, Written
 from weightsmith.checkpoint.checkpoint import Checkpoint
-from weightsmith.checkpoint.layout import Part
+from weightsmith.checkpoint.layout import ONE_FILE, Part
 from weightsmith.checkpoint.source import Source, as_checkpoint
 from weightsmith.engine.executor import Summary
 from weightsmith.engine.plan import Plan
@@ -25,8 +25,6 @@ from weightsmith.plan.output import Output, check_folder
 from weightsmith.plan.remake import understood
 
 LAYOUTS = tuple(WRITERS)
-# One file holds any adapter: loaders do not look for shards.
-_ONE_SHARD = 1 << 62
 
 
 def convert(adapter: Source, to: str, *, base: Source | None = None, dtype: str | None = None) -> ConvertedAdapter:
@@ -97,9 +95,9 @@ class ConvertedAdapter(Output):
         """See :meth:`Output.metadata`."""
         return self._written_as.metadata
 
-    def plan(self, *, shard_size: int = _ONE_SHARD, **options: Any) -> Plan:
+    def plan(self, *, shard_size: int = ONE_FILE, **options: Any) -> Plan:
         """See :meth:`Output.plan`; an adapter is never divided into shards."""
-        return super().plan(shard_size=_ONE_SHARD, **options)
+        return super().plan(shard_size=ONE_FILE, **options)
 
     def save(self, target: str | os.PathLike[str], **options: Any) -> Summary:
         """See :meth:`Output.save`.
@@ -109,7 +107,7 @@ class ConvertedAdapter(Output):
         """
         if not self._written_as.one_file:
             check_folder(target, f"the {self.layout} layout is a folder with a config")
-        return super().save(target, **{**options, "shard_size": _ONE_SHARD})
+        return super().save(target, **{**options, "shard_size": ONE_FILE})
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
         """See :meth:`Output.write_beside`: the configs."""
