@@ -13,13 +13,13 @@ from weightsmith.adapters.change import Change, LowRank
 from weightsmith.adapters.forms import Shape, declared
 from weightsmith.adapters.layer import Layer, Weight
 from weightsmith.adapters.loaded import Experts, join_experts, stored_names
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.adapters.registry import Parameterization, get_parameterization
 from weightsmith.adapters.settings import Setting, Settings
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, PlanError, did_you_mean
 
-PREFIX = "base_model.model."
 # First parts of names that an adapter may lack.
 _MOST_FIRST_PARTS = 4
 _TOKENS = ".token_adapter.trainable_tokens_delta"

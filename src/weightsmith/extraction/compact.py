@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from weightsmith.adapters.codes import CODES, PLACES, RANGE, SCALE, SIGNS, VALUES, Quantization, pack_codes
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.bundle.tiles import TILE, bytes_of_bits, pack, rounded, tile_starts
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.dtypes import DType
 from weightsmith.engine.threads import ThreadMapper
 from weightsmith.extraction.difference import FLOAT64, Difference
-from weightsmith.extraction.parts import PREFIX, Field, Part
+from weightsmith.extraction.parts import Field, Part
 from weightsmith.extraction.room import Room
 from weightsmith.kernels.convert import widen
 

@@ -14,6 +14,7 @@ import numpy as np
 from weightsmith import dtypes
 from weightsmith.adapters.codes import Quantization
 from weightsmith.adapters.loaded import renamed_as_loaded
+from weightsmith.adapters.peft_config import PREFIX, config_text
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import tokenizer_files, write_companions
 from weightsmith.checkpoint.layout import ONE_FILE
@@ -30,16 +31,8 @@ from weightsmith.extraction.difference import Difference, Sums
 from weightsmith.extraction.lowrank import Factoring, LowRank, Spectra, has_zero_row
 from weightsmith.extraction.modules import Module, Modules
 from weightsmith.extraction.pairing import Pairing
-from weightsmith.extraction.parts import PREFIX, Part, largest_need
-from weightsmith.extraction.placement import (
-    Placement,
-    base_of,
-    config_text,
-    find_tie,
-    in_head,
-    place,
-    task_type,
-)
+from weightsmith.extraction.parts import Part, largest_need
+from weightsmith.extraction.placement import Placement, base_of, find_tie, in_head, place, task_type
 from weightsmith.extraction.ranks import Candidate, choose
 from weightsmith.extraction.recipe import Recipe
 from weightsmith.extraction.report import REPORT_FILE, LeftOut, Matrix, Report, share

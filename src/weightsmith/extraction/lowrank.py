@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import array_api_compat.numpy as xp
 import numpy as np
 
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.bundle.tiles import TILE, rounded
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.dtypes import DType
 from weightsmith.errors import OutputError
 from weightsmith.extraction.difference import FLOAT64, Difference
 from weightsmith.extraction.modules import Module
-from weightsmith.extraction.parts import PREFIX, Field, Part, left_of
+from weightsmith.extraction.parts import Field, Part, left_of
 from weightsmith.extraction.ranks import Candidate
 from weightsmith.extraction.room import Room
 from weightsmith.kernels.convert import widen

@@ -14,7 +14,6 @@ from weightsmith.dtypes import DType
 from weightsmith.extraction.difference import FLOAT64, Difference, Sums
 from weightsmith.extraction.room import Ahead, Maker, Room
 
-PREFIX = "base_model.model."
 # Elements of a stretch of rows that is held in float64 beside a matrix.
 _STRETCH = 1 << 18
 

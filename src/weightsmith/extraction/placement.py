@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.adapters.patterns import Patterns
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.architecture.config import is_head, tied_embeddings, tied_source
 from weightsmith.checkpoint.reference import parse_reference
 from weightsmith.errors import RecipeError
 from weightsmith.extraction.modules import Modules
-from weightsmith.extraction.parts import PREFIX
 
 # What the name of an architecture says of the task that PEFT is told of.
 _TASKS = (
@@ -159,29 +156,6 @@ def _reaches(listed: Collection[str], path: str) -> bool:
     return any(".".join(words[place:]) in listed for place in range(len(words)))
 
 
-def patterns(values: Mapping[str, int], default: int) -> dict[str, int]:
-    """Return a ``rank_pattern`` by which PEFT finds every module's rank.
-
-    PEFT takes the first pattern that fits a name or what follows one of its dots, and a dot in it fits any letter. So
-    longer names come first, and of those as long the ones with fewer dots: then no other name's pattern is met before a
-    module's own. A module of the default rank that another's pattern fits is listed too.
-    """
-    others = {module: value for module, value in values.items() if value != default}
-    if not others:
-        return {}
-    known = Patterns(dict(_ordered(others)))
-    others |= {
-        module: rank for module, rank in values.items() if rank == default and known.value(module, default) != default
-    }
-    return {module: int(rank) for module, rank in _ordered(others)}
-
-
-def most_common(values: Iterable[int]) -> int:
-    """Return the value that occurs most often; of several the smallest."""
-    counts = Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value)) if counts else 1
-
-
 @dataclass(frozen=True)
 class Tie:
     """An embedding that the head of a model is tied to, and which its file holds under one name alone.
@@ -221,12 +195,3 @@ def base_of(reference: str) -> dict[str, str | None]:
     if parsed.adapters or parsed.task is not None:
         return {"base_model_name_or_path": reference, "revision": None}
     return {"base_model_name_or_path": parsed.path, "revision": parsed.revision}
-
-
-def config_text(config: Mapping[str, Any]) -> str:
-    """Return a config as the text of its file."""
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def _ordered(values: Mapping[str, int]) -> list[tuple[str, float]]:
-    return sorted(values.items(), key=lambda item: (-len(item[0]), item[0].count("."), item[0]))

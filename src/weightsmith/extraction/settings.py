@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from weightsmith.adapters.peft_config import PREFIX, most_common, patterns
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import MethodError, PlanError, shown
 from weightsmith.extraction.lowrank import LowRank
-from weightsmith.extraction.parts import PREFIX, Part
-from weightsmith.extraction.placement import most_common, patterns, target_names
+from weightsmith.extraction.parts import Part
+from weightsmith.extraction.placement import target_names
 from weightsmith.extraction.recipe import Recipe
 
 

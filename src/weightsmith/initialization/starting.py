@@ -15,6 +15,7 @@ import numpy as np
 from weightsmith import dtypes
 from weightsmith.adapters.change import Change, LowRank
 from weightsmith.adapters.folded import FoldedTensor, Term
+from weightsmith.adapters.peft_config import config_text, most_common, patterns
 from weightsmith.architecture.stacks import analyse
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import write_companions
@@ -29,7 +30,7 @@ from weightsmith.errors import MethodError, PlanError
 from weightsmith.extraction.lowrank import factor_fields, rounded_factor
 from weightsmith.extraction.modules import Module, Modules
 from weightsmith.extraction.parts import Made
-from weightsmith.extraction.placement import base_of, config_text, most_common, patterns, target_names, task_type
+from weightsmith.extraction.placement import base_of, target_names, task_type
 from weightsmith.extraction.room import Ahead, Room
 from weightsmith.initialization.methods import METHODS, Given, explained
 from weightsmith.initialization.recipe import Recipe

@@ -15,8 +15,8 @@ from conftest import read_safetensors
 from weightsmith.adapters import factors
 from weightsmith.adapters.change import LowRank
 from weightsmith.adapters.patterns import Patterns
+from weightsmith.adapters.peft_config import patterns
 from weightsmith.errors import CheckpointError, MethodError, OutputError, PlanError
-from weightsmith.extraction.placement import patterns
 
 
 def three(tmp_path: Path) -> list[Path]:

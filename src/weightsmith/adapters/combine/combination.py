@@ -14,12 +14,12 @@ from weightsmith.adapters.combine.recipe import Recipe, combiner_of, dtype_of, p
 from weightsmith.adapters.combine.report import LayerReport, Report
 from weightsmith.adapters.combine.saved import layer_biases, saved_tensors
 from weightsmith.adapters.combine.tensors import alike, rows_of, weighted
+from weightsmith.adapters.peft_config import config_text
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import MethodError, PlanError
-from weightsmith.extraction.placement import config_text
 
 _Built = tuple[dict[str, Tensor], dict[str, str], list[Part], Mapping[str, Any]]
 _LORA = [Part("", ADAPTER)]

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.adapters.adapter import PREFIX
 from weightsmith.adapters.change import LowRank
 from weightsmith.adapters.combine.inputs import Inputs, Site
+from weightsmith.adapters.peft_config import PREFIX, most_common, patterns
 from weightsmith.checkpoint.tensor import Array
-from weightsmith.extraction.placement import most_common, patterns
 
 # Keys of configs that are kept where all adapters agree, and bear on no weight of the result.
 KEPT = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "lora_dropout")

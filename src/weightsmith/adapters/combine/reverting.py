@@ -18,6 +18,7 @@ from weightsmith.adapters.combine.output import CONFIG, AdapterOutput
 from weightsmith.adapters.combine.recipe import dtype_of
 from weightsmith.adapters.combine.tensors import weighted
 from weightsmith.adapters.kinds.low_rank import scale
+from weightsmith.adapters.peft_config import config_text
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.folder import open_weights
@@ -25,7 +26,6 @@ from weightsmith.checkpoint.json_text import parse_object
 from weightsmith.checkpoint.storage import read_whole
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, did_you_mean, shown
-from weightsmith.extraction.placement import config_text
 
 _LARGEST = 64_000_000
 # Adapters, and basis adapters, that are believed to be in one folder.

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from weightsmith.adapters.adapter import PREFIX
 from weightsmith.adapters.combine.inputs import Inputs
 from weightsmith.adapters.combine.registry import Saved
 from weightsmith.adapters.combine.tensors import weighted
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.bundle.tiles import Values
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weightsmith.adapters.layouts import parts as p
-from weightsmith.adapters.layouts.network import ALPHA_KEYS, LARGEST, PREFIX, Entry, Network
+from weightsmith.adapters.layouts.network import ALPHA_KEYS, LARGEST, Entry, Network
 from weightsmith.adapters.layouts.tensors import Renamed
 from weightsmith.adapters.patterns import Patterns
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, shown

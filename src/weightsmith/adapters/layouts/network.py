@@ -11,7 +11,6 @@ from weightsmith.adapters.layouts import parts as p
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, shown
 
-PREFIX = "base_model.model."
 # What the key of alpha is in PEFT's configs of a kind, of the kinds whose scale is alpha / rank.
 ALPHA_KEYS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 _KIND_OF = (("lora_", "LORA"), ("hada_", "LOHA"), ("lokr_", "LOKR"), ("ia3_", "IA3"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from weightsmith.adapters.layouts.config import to_checkpoint, to_config
 from weightsmith.adapters.layouts.named import full_name, placed, tower_for
-from weightsmith.adapters.layouts.network import PREFIX
 from weightsmith.adapters.layouts.read import read
 from weightsmith.adapters.layouts.towers import towers_of
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.checkpoint.checkpoint import Checkpoint
 
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from weightsmith.adapters.layouts import naming
-from weightsmith.adapters.layouts import network as n
 from weightsmith.adapters.layouts import parts as p
 from weightsmith.adapters.layouts.towers import Tower
 from weightsmith.adapters.layouts.words import readings
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.errors import CheckpointError, shown
 
 _KOHYA = re.compile(r"(?:lora|oft)_(unet|transformer|te[123]?)_(.+)|lycoris_(.+)", re.DOTALL)
@@ -45,7 +45,7 @@ def recognize(names: Iterable[str]) -> str | None:
         without ComfyUI's prefixes) or ``mlx``.
     """
     known = list(names)
-    if any(name.startswith(n.PREFIX) for name in known):
+    if any(name.startswith(PREFIX) for name in known):
         return "peft"
     if not known or not p.is_adapter(known):
         return None

@@ -15,6 +15,7 @@ from weightsmith.adapters.layouts.network import Entry, Network
 from weightsmith.adapters.layouts.places import place, recognize
 from weightsmith.adapters.layouts.tensors import transposed
 from weightsmith.adapters.layouts.towers import Tower
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.folder import COMPONENTS
 from weightsmith.checkpoint.json_text import parse_object
@@ -81,7 +82,7 @@ def _read_peft(checkpoint: Checkpoint, config: Mapping[str, Any], component: str
     for name, tensor in checkpoint.items():
         if not name.startswith(start):
             continue
-        bare = name.removeprefix(start).removeprefix(n.PREFIX)
+        bare = name.removeprefix(start).removeprefix(PREFIX)
         divided = p.split(bare)
         if divided is None:
             inner = re.sub(r"\.modules_to_save(?:\.default)?\.|\.base_layer\.", ".", bare)
@@ -156,7 +157,7 @@ def _read_plain(checkpoint: Checkpoint, towers: Sequence[Tower], *, images: bool
             )
         stem, part = divided
         if stem not in places:
-            places[stem] = place(owner, stem, towers) if images else ("", stem.removeprefix(n.PREFIX))
+            places[stem] = place(owner, stem, towers) if images else ("", stem.removeprefix(PREFIX))
         found.append((*places[stem], part, stem, tensor))
     collected = list(n.collect(owner, found).values())
     if not images and any(entry.kind in n.ALPHA_KEYS and entry.alpha is None for entry in collected):

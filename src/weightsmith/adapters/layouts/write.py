@@ -17,6 +17,7 @@ from weightsmith.adapters.layouts.network import Entry, Network
 from weightsmith.adapters.layouts.read import DIFFUSERS_KEY
 from weightsmith.adapters.layouts.tensors import Renamed, number, transposed
 from weightsmith.adapters.layouts.towers import Tower
+from weightsmith.adapters.peft_config import PREFIX
 from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import CheckpointError, PlanError
@@ -91,9 +92,9 @@ def write_peft(network: Network, towers: Sequence[Tower]) -> Written:
         written.files[f"{place}adapter_config.json"] = config
         for entry in entries:
             for part, tensor in entry.parts.items():
-                written.add(f"{place}{n.PREFIX}{entry.module}.{part}", tensor, entry.origin)
+                written.add(f"{place}{PREFIX}{entry.module}.{part}", tensor, entry.origin)
         for name, tensor in plain.items():
-            written.add(f"{place}{n.PREFIX}{name}", tensor, name)
+            written.add(f"{place}{PREFIX}{name}", tensor, name)
     return written
 
 
