@@ -20,7 +20,8 @@ from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError
 from weightsmith.inspection import inspect
 from weightsmith.tokenizer.chat_template import read_template
-from weightsmith.tokenizer.vocabulary import read_vocabulary
+from weightsmith.tokenizer.matching import match
+from weightsmith.tokenizer.tokenizer import read_tokenizer
 
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja")
 _WORDS = b'"model_type" "llama" "architectures" "num_hidden_layers" 3 "layer_types" "text_config" "auto_map" "dtype"'
@@ -43,7 +44,9 @@ def run(content: bytes) -> None:
         (_folder() / "in" / name).write_bytes(content[1:])
         files = {name: _folder() / "in" / name}
         if name == "tokenizer.json":
-            read_vocabulary(files)
+            tokenizer = read_tokenizer(files, "fuzzed")
+            if tokenizer is not None:
+                match(tokenizer, tokenizer, bytes_as_text=True)
         elif read_template(files) is not None or content[0] > 127:
             write_companions(_folder() / "out", {}, files, chat_template="{{ new }}")
     except CheckpointError:

@@ -293,12 +293,13 @@ def test_a_name_that_could_not_be_written_or_shown_is_refused(tmp_path, name, me
 
 def test_a_tokenizer_or_template_that_is_replaced_by_a_pipe_is_not_waited_for(tmp_path):
     from weightsmith.tokenizer.chat_template import read_template
-    from weightsmith.tokenizer.vocabulary import read_vocabulary
+    from weightsmith.tokenizer.tokenizer import read_tokenizer
 
     for name in ("tokenizer.json", "chat_template.jinja"):
         os.mkfifo(tmp_path / name)
+        read = read_template if name == "chat_template.jinja" else lambda files: read_tokenizer(files, "m")
         with pytest.raises(WeightsmithError, match="a pipe"):
-            (read_vocabulary if name == "tokenizer.json" else read_template)({name: tmp_path / name})
+            read({name: tmp_path / name})
 
 
 @pytest.fixture

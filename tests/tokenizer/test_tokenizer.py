@@ -9,7 +9,7 @@ import pytest
 
 from weightsmith.errors import CheckpointError, PlanError
 from weightsmith.tokenizer.chat_template import BUILT_IN, choose_template, read_template
-from weightsmith.tokenizer.vocabulary import read_vocabulary
+from weightsmith.tokenizer.tokenizer import read_tokenizer
 
 TURNS = [
     {"role": "user", "content": "Hi"},
@@ -81,15 +81,25 @@ def test_a_vocabulary_is_that_of_the_tokenizers_library(tmp_path, kind):
     tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the cat's food"] * 5, trainer)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert read_vocabulary({"tokenizer.json": tmp_path / "tokenizer.json"}) == tokenizer.get_vocab()
+    assert read_tokenizer({"tokenizer.json": tmp_path / "tokenizer.json"}, "m").vocabulary == tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"model": 3}', '{"model": {"vocab": [3]}}', "{" * 10_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"model": 3}',
+        '{"model": {"vocab": [3]}}',
+        '{"model": {"vocab": {}, "end_of_word_suffix": 3}}',
+        "{" * 10_000,
+    ],
+)
 def test_what_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match="is not a tokenizer"):
-        read_vocabulary({"tokenizer.json": tmp_path / "tokenizer.json"})
-    assert read_vocabulary({}) is None
+        read_tokenizer({"tokenizer.json": tmp_path / "tokenizer.json"}, "m")
+    assert read_tokenizer({}, "m") is None
     assert json.dumps(content)
 
 
@@ -108,4 +118,4 @@ def test_a_broken_tokenizer_config_holds_no_template(tmp_path, content):
 def test_a_number_that_is_none_is_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": Infinity}}}')
     with pytest.raises(CheckpointError, match="is not a tokenizer"):
-        read_vocabulary({"tokenizer.json": tmp_path / "tokenizer.json"})
+        read_tokenizer({"tokenizer.json": tmp_path / "tokenizer.json"}, "m")

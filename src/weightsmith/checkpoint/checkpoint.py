@@ -9,6 +9,9 @@ from typing import Any
 
 from weightsmith.checkpoint.tensor import Tensor
 
+# A file that lies somewhere, or the content of one that was made: a tokenizer for a union of vocabularies.
+File = Path | bytes
+
 
 @dataclass(frozen=True)
 class Companions:
@@ -16,12 +19,12 @@ class Companions:
 
     Attributes:
         config: the parsed ``config.json``, or an empty mapping.
-        files: relative path -> absolute local path of every other file worth carrying. For a diffusers
-            pipeline the paths include the component's folder.
+        files: relative path -> absolute local path of every other file worth carrying, or the content of one that
+            was made. For a diffusers pipeline the paths include the component's folder.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, File] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

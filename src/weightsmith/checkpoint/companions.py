@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from weightsmith.checkpoint.checkpoint import File
 from weightsmith.checkpoint.json_text import parse_object
 from weightsmith.checkpoint.storage import open_regular, read_whole
 from weightsmith.errors import CheckpointError, UnsafeFileError
@@ -20,28 +21,39 @@ _TOKENIZER = re.compile(
 )
 _CODE = (".py", ".pyc", ".so", ".sh", ".dll", ".dylib", ".exe")
 _LARGEST = 512_000_000
-_LARGEST_SETTINGS = 16_000_000
+LARGEST_SETTINGS = 16_000_000
 
 
-def tokenizer_files(files: Mapping[str, Path]) -> dict[str, Path]:
+def tokenizer_files(files: Mapping[str, File]) -> dict[str, File]:
     """Return those companion files that make up the tokenizer."""
     return {name: path for name, path in files.items() if _TOKENIZER.match(name)}
 
 
-def other_files(files: Mapping[str, Path]) -> dict[str, Path]:
+def other_files(files: Mapping[str, File]) -> dict[str, File]:
     """Return those companion files that are no part of the tokenizer."""
     return {name: path for name, path in files.items() if not _TOKENIZER.match(name)}
 
 
+def read_companion(file: File, largest: int) -> bytes:
+    """Return the content of a file beside the weights.
+
+    Raises:
+        CheckpointError: if it cannot be read, or has more bytes than ``largest``.
+        UnsafeFileError: if it is no regular file.
+    """
+    return file if isinstance(file, bytes) else read_whole(str(file), largest)
+
+
 def write_companions(
-    folder: Path, config: Mapping[str, Any], files: Mapping[str, Path], *, chat_template: str | None = None
+    folder: Path, config: Mapping[str, Any], files: Mapping[str, File], *, chat_template: str | None = None
 ) -> list[str]:
     """Write config and companion files into an output folder.
 
     Args:
         folder: the output.
         config: what ``config.json`` is to say; an empty one is not written.
-        files: relative path -> file to copy; links are followed, and their content copied. Code is left out.
+        files: relative path -> file to copy, or content to write; links are followed, and their content copied.
+            Code is left out.
         chat_template: a template to put in place of the tokenizer's own, or None.
 
     Returns:
@@ -77,17 +89,20 @@ def _note_on_code(name: str, content: Mapping[str, Any]) -> list[str]:
 def _settings(path: Path) -> Mapping[str, Any]:
     """Read a file that was copied as it is; what it holds is for others to judge, and may be anything."""
     try:
-        return parse_object(read_whole(str(path), _LARGEST_SETTINGS), path.name)
+        return parse_object(read_whole(str(path), LARGEST_SETTINGS), path.name)
     except CheckpointError:
         return {}
 
 
-def _copy(source: Path, folder: Path, name: str) -> None:
+def _copy(source: File, folder: Path, name: str) -> None:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name or not relative.parts:
         raise UnsafeFileError(f"{name!r} cannot be the name of a file beside the weights: it leads out of the folder")
     target = folder / relative
     target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, bytes):
+        target.write_bytes(source)
+        return
     try:
         handle, facts = open_regular(source)
         with open(handle, "rb") as opened:
@@ -109,7 +124,7 @@ def _put_template(folder: Path, template: str) -> list[str]:
     if not settings.exists():
         return []
     try:
-        content = parse_object(read_whole(str(settings), _LARGEST_SETTINGS), settings.name)
+        content = parse_object(read_whole(str(settings), LARGEST_SETTINGS), settings.name)
     except CheckpointError as error:
         # Everything else is written by now: not worth losing a finished merge.
         return [f"{error}, so the chat template is in chat_template.jinja alone"]

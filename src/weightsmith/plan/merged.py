@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, File
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.storage import is_url
@@ -26,12 +26,12 @@ class Beside:
     """What is written beside the weights.
 
     Attributes:
-        files: relative path -> file to copy.
+        files: relative path -> file to copy, or content to write.
         chat_template: the chat template's text, or None to leave the tokenizer's own.
         card: the text of README.md, or None for none.
     """
 
-    files: Mapping[str, Path]
+    files: Mapping[str, File]
     chat_template: str | None = None
     card: str | None = None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from weightsmith import __version__, dtypes
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
 from weightsmith.checkpoint.manifest import MANIFEST_KEY, hash_texts
 from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
@@ -310,7 +311,7 @@ def parts_of(checkpoint: Checkpoint) -> list[Part]:
 
 def _is_transformers(checkpoint: Checkpoint, component: str) -> bool:
     file = checkpoint.companions.files.get(f"{component}/config.json")
-    return file is not None and "architectures" in json.loads(file.read_bytes())
+    return file is not None and "architectures" in json.loads(read_companion(file, LARGEST_SETTINGS))
 
 
 def write_indexes(plan: Plan, folder: Path) -> None:

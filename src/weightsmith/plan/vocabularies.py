@@ -9,10 +9,11 @@ from typing import Any
 
 from weightsmith.architecture.config import is_head, row_counts, tied_source
 from weightsmith.architecture.stacks import role
+from weightsmith.checkpoint.companions import read_companion
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import PlanError
 from weightsmith.plan.slots import Model
-from weightsmith.tokenizer.vocabulary import read_vocabulary
+from weightsmith.tokenizer.tokenizer import LARGEST, parse_tokenizer, shown_file, vocabulary_of
 
 # Tables that are looked up by position, not by token.
 _POSITIONS = re.compile(r"(^|[._/])(wpe|pos|position\w*|\w*pos(ition)?_emb\w*|embed_positions|token_type\w*)([._/]|$)")
@@ -95,11 +96,12 @@ def _compare(models: Sequence[Model]) -> tuple[dict[Model, int], list[str]]:
         file = model.checkpoint.companions.files.get("tokenizer.json")
         if file is None:
             continue
-        content = hashlib.blake2b(file.read_bytes()).digest()
+        text = read_companion(file, LARGEST)
+        content = hashlib.blake2b(text).digest()
         if content in known:
             highest[model] = known[content]
             continue
-        vocabulary = read_vocabulary(model.checkpoint.companions.files) or {}
+        vocabulary = vocabulary_of(parse_tokenizer(text, shown_file(file, model.reference)))
         highest[model] = known[content] = max(vocabulary.values(), default=-1)
         if first is None:
             first, owner = vocabulary, model.reference

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoint.checkpoint import File
+from weightsmith.checkpoint.companions import read_companion
 from weightsmith.checkpoint.json_text import parse_object
-from weightsmith.checkpoint.storage import read_whole
 from weightsmith.errors import CheckpointError, PlanError, did_you_mean
 
 _LARGEST = 16_000_000
@@ -83,7 +84,7 @@ def choose_template(asked: str | None, templates: Sequence[str | None]) -> str |
     return asked
 
 
-def read_template(files: Mapping[str, Path]) -> str | None:
+def read_template(files: Mapping[str, File]) -> str | None:
     """Return a model's chat template, from whichever file holds it, or None.
 
     Args:
@@ -96,12 +97,13 @@ def read_template(files: Mapping[str, Path]) -> str | None:
     jinja = files.get("chat_template.jinja")
     if jinja is not None:
         try:
-            return read_whole(str(jinja), _LARGEST).decode("utf-8")
+            return read_companion(jinja, _LARGEST).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{jinja} is no chat template: it is not a text in UTF-8") from error
+            where = jinja if isinstance(jinja, Path) else "chat_template.jinja"
+            raise CheckpointError(f"{where} is no chat template: it is not a text in UTF-8") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         if name in files:
-            template = _json(files[name]).get("chat_template")
+            template = _json(files[name], name).get("chat_template")
             if isinstance(template, list):
                 # A tokenizer with several named templates: the default one.
                 template = next((entry.get("template") for entry in template if _is_default(entry)), None)
@@ -114,8 +116,8 @@ def _is_default(entry: Any) -> bool:
     return isinstance(entry, dict) and entry.get("name") == "default"
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(file: File, name: str) -> dict[str, Any]:
     try:
-        return parse_object(read_whole(str(path), _LARGEST), str(path))
+        return parse_object(read_companion(file, _LARGEST), name)
     except CheckpointError:
         return {}

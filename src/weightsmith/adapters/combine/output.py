@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
+from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, File
 from weightsmith.checkpoint.companions import write_companions
 from weightsmith.checkpoint.layout import ONE_FILE, Part
 from weightsmith.checkpoint.tensor import Tensor
@@ -29,7 +29,7 @@ class AdapterOutput(Output):
         files: Mapping[str, str],
         *,
         inputs: Sequence[Checkpoint],
-        beside: Mapping[str, Path],
+        beside: Mapping[str, File],
         config: Mapping[str, Any],
         warnings: Sequence[str] = (),
         parts: Sequence[Part] = (Part("", ADAPTER),),
