@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsmith.architecture.config import is_head, row_counts, tied_source
 from weightsmith.architecture.stacks import role
+from weightsmith.architecture.vocabulary import is_position_table
 from weightsmith.checkpoint.companions import read_companion
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import PlanError
 from weightsmith.plan.slots import Model
 from weightsmith.tokenizer.tokenizer import LARGEST, parse_tokenizer, shown_file, vocabulary_of
-
-# Tables that are looked up by position, not by token.
-_POSITIONS = re.compile(r"(^|[._/])(wpe|pos|position\w*|\w*pos(ition)?_emb\w*|embed_positions|token_type\w*)([._/]|$)")
 
 
 def token_tables(
@@ -41,7 +38,7 @@ def token_tables(
         kind = role(name)
         # Other layers of a head may have as many rows as there are tokens by chance, but do not change with them.
         table = kind == "embedding" or is_head(name) or (kind == "head" and before != now)
-        if table and not _POSITIONS.search(name):
+        if table and not is_position_table(name):
             tables[name] = before, now
     return tables
 
@@ -118,6 +115,6 @@ def _rows(tensors: Mapping[str, Tensor]) -> int:
     tables = (
         tensor.shape[0]
         for name, tensor in tensors.items()
-        if len(tensor.shape) == 2 and role(name) == "embedding" and not _POSITIONS.search(name)
+        if len(tensor.shape) == 2 and role(name) == "embedding" and not is_position_table(name)
     )
     return max(tables, default=0)
