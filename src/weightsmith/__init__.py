@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_norm
     from weightsmith.runs.average import average_run
     from weightsmith.runs.running import running_average, update_average
+    from weightsmith.tokenizer.comparison import compare_tokenizers
     from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
@@ -47,6 +48,7 @@ _HOMES = {
     "WeightsmithError": "weightsmith.errors",
     "average": "weightsmith.api",
     "average_run": "weightsmith.runs.average",
+    "compare_tokenizers": "weightsmith.tokenizer.comparison",
     "curve": "weightsmith.curves.curve",
     "diff": "weightsmith.api",
     "extract": "weightsmith.extraction.create",
@@ -87,6 +89,7 @@ __all__ = [
     "average_run",
     "bundle",
     "callbacks",
+    "compare_tokenizers",
     "curve",
     "diff",
     "extract",

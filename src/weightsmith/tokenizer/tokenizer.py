@@ -167,7 +167,9 @@ class Tokenizer:
                 left += value
 
 
-def read_tokenizer(files: Mapping[str, File], owner: str) -> Tokenizer | None:
+def read_tokenizer(
+    files: Mapping[str, File], owner: str, config: Mapping[str, Any] | None = None
+) -> Tokenizer | None:
     """Read a model's tokenizer.
 
     Args:

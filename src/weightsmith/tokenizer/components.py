@@ -1,0 +1,99 @@
+"""What the parts of a ``tokenizer.json`` do to text, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
+# What says nothing of how text is split: offsets alone follow it.
+_SILENT = ("type", "trim_offsets")
+
+
+def describe(component: Any) -> str:
+    """Say what a normalizer, pre-tokenizer, post-processor or decoder does.
+
+    Args:
+        component: the part as ``tokenizer.json`` has it; whatever it holds is described somehow.
+    """
+    return "; ".join(_steps(component)) or "nothing"
+
+
+def template(component: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the special tokens that a post-processor puts before one text, and those that it puts behind it.
+
+    Args:
+        component: the post-processor as ``tokenizer.json`` has it.
+    """
+    for step in _flat(component):
+        kind = step.get("type")
+        if kind == "TemplateProcessing":
+            return _around(step.get("single"))
+        if kind in ("BertProcessing", "RobertaProcessing"):
+            return _first(step.get("cls")), _first(step.get("sep"))
+    return (), ()
+
+
+def _flat(component: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a part, sequences taken apart, in their order."""
+    left = [component]
+    while left:
+        step = left.pop()
+        if not isinstance(step, dict):
+            continue
+        inner = next((step[key] for key in _LISTS if isinstance(step.get(key), list)), None)
+        if inner is None:
+            yield step
+        else:
+            left += reversed(inner)
+
+
+def _steps(component: Any) -> Iterator[str]:
+    for step in _flat(component):
+        kind = str(step.get("type"))
+        if kind == "Replace":
+            yield f"{_pattern(step.get('pattern'))} becomes {step.get('content')!r}"
+        elif kind == "Prepend":
+            yield f"{step.get('prepend')!r} is put before a text"
+        elif kind == "Split":
+            cut = f"cut at {_pattern(step.get('pattern'))}"
+            yield f"{cut}, {step.get('behavior')}{', inverted' if step.get('invert') else ''}"
+        elif kind in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
+            before, behind = template(step)
+            yield " ".join([*before, "text", *behind])
+        else:
+            settings = ", ".join(f"{key} {_short(value)}" for key, value in step.items() if key not in _SILENT)
+            yield f"{kind} ({settings})" if settings else kind
+
+
+def _pattern(pattern: Any) -> str:
+    if isinstance(pattern, dict) and len(pattern) == 1:
+        (kind, text), *_ = pattern.items()
+        return f"/{text}/" if kind == "Regex" else repr(text)
+    return repr(pattern)
+
+
+def _short(value: Any) -> str:
+    # A precompiled map of characters has hundreds of kilobytes.
+    text = {True: "on", False: "off", None: "unset"}.get(value) if isinstance(value, bool | None) else str(value)
+    text = str(text)
+    return text if len(text) <= 60 else f"of {len(text):,} characters"
+
+
+def _around(single: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    before: list[str] = []
+    behind: list[str] = []
+    found = before
+    for entry in single if isinstance(single, list) else ():
+        if not isinstance(entry, dict):
+            continue
+        if "Sequence" in entry:
+            found = behind
+        elif isinstance(entry.get("SpecialToken"), dict):
+            found.append(str(entry["SpecialToken"].get("id")))
+    return tuple(before), tuple(behind)
+
+
+def _first(pair: Any) -> tuple[str, ...]:
+    return (str(pair[0]),) if isinstance(pair, list) and pair else ()
