@@ -101,7 +101,7 @@ def _show(sides: Sequence[TokenizerFacts]) -> None:
     for count in sides[0].digits:
         most = " or more" if count == max(sides[0].digits) else ""
         label = f"{count}{most} digit{'s' if count > 1 else ''}"
-        _row(label, [f"{facts.digits[count]:,} tokens" for facts in sides])
+        _row(label, [_tokens(facts.digits[count]) for facts in sides])
     behaviours = [facts.behaviour for facts in sides if facts.behaviour is not None]
     if len(behaviours) == len(sides):
         _behave(behaviours)
@@ -126,6 +126,10 @@ def _behave(sides: Sequence[Behaviour]) -> None:
             unknown = f"  {sample.unknown} unknown" if sample.unknown else ""
             cells.append(f"{sample.per_character:.2f}{unknown}{'' if sample.exact else '  changed'}")
         _row(f"  {name}", cells)
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def _rows(facts: TokenizerFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,8 @@ from weightsmith.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
+
+_BYTE_DIGIT = re.compile(r"<0x3(\d)>")
 
 Grouping = Literal["single", "left", "right", "free", "unknown"]
 Pieces = tuple[str, ...]
@@ -43,7 +46,7 @@ class Numerals:
             "left": f"in groups of {many}, counted from the left",
             "right": f"in groups of {many}, counted from the right",
             "free": f"freely, as the vocabulary has them, up to {many} digits in a token",
-            "unknown": "not at all: digits are unknown tokens",
+            "unknown": "into unknown tokens, some or all of them",
         }[self.grouping]
 
     @property
@@ -166,9 +169,7 @@ def unknown_number(tokenizer: Tokenizer) -> int:
 
 def _numerals(splitting: _Splitting) -> Numerals:
     groups = {text: _groups(splitting.pieces(text)) for text in DIGITS}
-    return Numerals(
-        *_grouping(groups), {text: tuple(_without_space(splitting.pieces(text))) for text in NUMBERS}
-    )
+    return Numerals(*_grouping(groups), {text: tuple(_without_space(splitting.pieces(text))) for text in NUMBERS})
 
 
 def _grouping(groups: Mapping[str, tuple[int, ...]]) -> tuple[Grouping, int]:
@@ -191,7 +192,9 @@ def _regular(length: int, size: int, side: str) -> tuple[int, ...]:
 
 
 def _groups(pieces: Pieces) -> tuple[int, ...]:
-    counts = (sum(letter.isdigit() for letter in piece) for piece in pieces)
+    # A byte of UTF-8 that is a digit stands for it.
+    texts = (_BYTE_DIGIT.sub(r"\1", piece) for piece in pieces)
+    counts = (sum(letter.isdigit() for letter in text) for text in texts)
     return tuple(count for count in counts if count)
 
 

@@ -35,7 +35,7 @@ class Tokens:
 
     Attributes:
         count: how many there are.
-        examples: the first of them: token, its number in A, the token and its number in B; None where one side lacks it.
+        examples: the first of them: token and number in A, token and number in B; None where one side lacks it.
     """
 
     count: int
@@ -99,16 +99,14 @@ def compare_tokenizers(a: Source, b: Source) -> TokenizerComparison:
     own, other = opened_a.tokenizer, opened_b.tokenizer
     facts_a, facts_b = tokenizer_facts(opened_a), tokenizer_facts(opened_b)
     groups = _groups(own, other)
-    differences = tuple(
-        [
-            *_roles(facts_a, facts_b),
-            *_special(facts_a, facts_b),
-            *_flags(own, other),
-            *_model(own, other),
-            *_parts(facts_a, facts_b),
-            *_split(facts_a, facts_b),
-            *_templates(facts_a, facts_b),
-        ]
+    differences = (
+        *_roles(facts_a, facts_b),
+        *_special(facts_a, facts_b),
+        *_flags(own, other),
+        *_model(own, other),
+        *_parts(facts_a, facts_b),
+        *_split(facts_a, facts_b),
+        *_templates(facts_a, facts_b),
     )
     return TokenizerComparison(
         a=facts_a,
@@ -173,19 +171,24 @@ def _flags(own: Tokenizer, other: Tokenizer) -> Iterator[str]:
     """Say which flags of added tokens differ; tokens that differ in the same are told together."""
     found: dict[str, list[str]] = {}
     for token, entry in own.added.items():
-        theirs = other.added.get(token)
-        for flag in _FLAGS if theirs is not None else ():
-            # The library takes what is left out for no, and reads added tokens as normalized unless they are special.
-            values = [bool(one.get(flag, flag == "normalized" and not one.get("special"))) for one in (entry, theirs)]
+        if token not in other.added:
+            continue
+        for flag in _FLAGS:
+            values = [_flag(one, flag) for one in (entry, other.added[token])]
             if values[0] != values[1]:
                 text = f"added tokens are {flag} in {'A' if values[0] else 'B'} and not in {'B' if values[0] else 'A'}"
                 found.setdefault(text, []).append(token)
     for text, tokens in found.items():
         yield f"{text}: {_listed(tokens)}"
-    for side, one, theirs in (("A", own, other), ("B", other, own)):
-        alone = [token for token in one.added if token in theirs.vocabulary and token not in theirs.added]
+    for side, one, two in (("A", own, other), ("B", other, own)):
+        alone = [token for token in one.added if token in two.vocabulary and token not in two.added]
         if alone:
             yield f"added tokens in {side}, and tokens of the vocabulary in the other: {_listed(alone)}"
+
+
+def _flag(entry: Mapping[str, Any], flag: str) -> bool:
+    # The library takes what is left out for no, and reads added tokens as normalized unless they are special.
+    return bool(entry.get(flag, flag == "normalized" and not entry.get("special")))
 
 
 def _model(own: Tokenizer, other: Tokenizer) -> Iterator[str]:
@@ -268,9 +271,7 @@ def _warnings(a: TokenizerFacts, b: TokenizerFacts) -> Iterator[str]:
         )
 
 
-def _verdict(
-    a: TokenizerFacts, b: TokenizerFacts, groups: Mapping[str, Tokens], differences: tuple[str, ...]
-) -> str:
+def _verdict(a: TokenizerFacts, b: TokenizerFacts, groups: Mapping[str, Tokens], differences: tuple[str, ...]) -> str:
     same, moved, renamed, only_a, only_b = (
         groups[name].count for name in ("same", "renumbered", "renamed", "only_a", "only_b")
     )

@@ -11,13 +11,14 @@ _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 _SILENT = ("type", "trim_offsets")
 
 
-def describe(component: Any) -> str:
+def describe(part: str, component: Any) -> str:
     """Say what a normalizer, pre-tokenizer, post-processor or decoder does.
 
     Args:
+        part: which of them it is: one of ``PARTS``.
         component: the part as ``tokenizer.json`` has it; whatever it holds is described somehow.
     """
-    return "; ".join(_steps(component)) or "nothing"
+    return "; ".join(_steps(part, component)) or "nothing"
 
 
 def template(component: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -49,7 +50,7 @@ def _flat(component: Any) -> Iterator[Mapping[str, Any]]:
             left += reversed(inner)
 
 
-def _steps(component: Any) -> Iterator[str]:
+def _steps(part: str, component: Any) -> Iterator[str]:
     for step in _flat(component):
         kind = str(step.get("type"))
         if kind == "Replace":
@@ -59,6 +60,10 @@ def _steps(component: Any) -> Iterator[str]:
         elif kind == "Split":
             cut = f"cut at {_pattern(step.get('pattern'))}"
             yield f"{cut}, {step.get('behavior')}{', inverted' if step.get('invert') else ''}"
+        elif kind == "ByteLevel" and part != "pre_tokenizer":
+            # Its settings tell how to split; a post-processor moves offsets alone.
+            if part != "post_processor":
+                yield kind
         elif kind in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
             before, behind = template(step)
             yield " ".join([*before, "text", *behind])
@@ -76,8 +81,9 @@ def _pattern(pattern: Any) -> str:
 
 def _short(value: Any) -> str:
     # A precompiled map of characters has hundreds of kilobytes.
-    text = {True: "on", False: "off", None: "unset"}.get(value) if isinstance(value, bool | None) else str(value)
-    text = str(text)
+    if isinstance(value, bool | None):
+        return {True: "on", False: "off", None: "unset"}[value]
+    text = repr(value)
     return text if len(text) <= 60 else f"of {len(text):,} characters"
 
 

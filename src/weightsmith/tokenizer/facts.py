@@ -171,7 +171,7 @@ def tokenizer_facts(source: Source | Opened) -> TokenizerFacts:
         contradictions=tuple(_contradictions(opened)),
         before=before,
         behind=behind,
-        parts={part: describe(tokenizer.content.get(part)) for part in PARTS},
+        parts={part: describe(part, tokenizer.content.get(part)) for part in PARTS},
         digits=_digits(tokenizer),
         chat_template=None if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         notes=tuple(notes),

@@ -20,7 +20,7 @@ TEXTS = {
     "Japanese": "粉屋の娘は鐘が鳴る前にガチョウを四十二羽数えて、それから重い門を閉めた。",
     "Chinese": "磨坊主的女儿在钟声响起之前数了四十二只鹅,然后关上了沉重的大门。",
     "Emoji": "Geese 🪿🪿 at the gate 🚪, all 42 of them 🎉👩🏽‍🌾!",
-    "Python": "def total(prices, rate=0.19):\n    if not prices:\n        return 0\n    return sum(prices) * (1 + rate)\n",
+    "Python": "def total(prices, rate=0.19):\n    if not prices:\n        return 0\n\n    return sum(prices) * rate\n",
     "JSON": '{\n  "geese": [{"id": 17, "white": true, "weight": 4.25}],\n  "gate": null\n}\n',
     "Mathematics": "If $x^2 - 5x + 6 = 0$ then $x \\in \\{2, 3\\}$, since 1234 + 5678 = 6912 and 99 * 101 = 9999.",
 }

@@ -1,4 +1,4 @@
-"""A fast tokenizer as its files describe it: vocabulary, added tokens, roles, and what text each token stands for."""
+"""A tokenizer as its files describe it: vocabulary, added tokens, roles, and what text each token stands for."""
 
 from __future__ import annotations
 
@@ -167,26 +167,30 @@ class Tokenizer:
                 left += value
 
 
-def read_tokenizer(
-    files: Mapping[str, File], owner: str, config: Mapping[str, Any] | None = None
-) -> Tokenizer | None:
+def read_tokenizer(files: Mapping[str, File], owner: str, config: Mapping[str, Any] | None = None) -> Tokenizer | None:
     """Read a model's tokenizer.
 
     Args:
         files: the files beside the model's weights, by name.
         owner: how a person names the model.
+        config: the model's config: a slow tokenizer's files may leave it to tell their class.
 
     Returns:
-        The tokenizer, or None where the model has no file of one.
+        The tokenizer, a slow one (SentencePiece, merges, words) converted; None where the model has no file of one.
 
     Raises:
-        CheckpointError: if a file of it is not what the tokenizers library or transformers write.
+        CheckpointError: if a file of it is not what the tokenizers library or transformers write, or a slow tokenizer
+            is of a class that is not converted.
     """
-    file = files.get("tokenizer.json")
-    if file is None:
-        return None
     settings = _settings(files, "tokenizer_config.json", owner)
     roles = {**_roles(_settings(files, "special_tokens_map.json", owner)), **_roles(settings)}
+    file = files.get("tokenizer.json")
+    if file is None:
+        # Few models come without the file of a fast tokenizer.
+        from weightsmith.tokenizer.slow import convert
+
+        made = convert(files, owner, settings, roles, config or {})
+        return None if made is None else Tokenizer(owner, made.content, settings, made.roles, (made.note,))
     return Tokenizer(owner, parse_tokenizer(read_companion(file, LARGEST), shown_file(file, owner)), settings, roles)
 
 
