@@ -191,7 +191,8 @@ def _open(reference: str) -> Checkpoint:
         name = os.path.basename(path)
         # A tokenizer of the library goes by any name; other files are told by theirs.
         known = "tokenizer.json" if name.endswith(".json") and name != "tekken.json" else name
-        known = "tokenizer.model" if name.endswith((".model", ".spm")) else known
+        # Mistral's own have their version behind.
+        known = "tokenizer.model" if re.search(r"\.(model|spm)(\.v\w+)?$", name) else known
         return Checkpoint(reference, {}, Companions({}, {known: Path(path).absolute()}))
     return open_checkpoint(reference)
 

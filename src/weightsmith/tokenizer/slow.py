@@ -10,7 +10,7 @@ from typing import Any
 from weightsmith.checkpoint.checkpoint import File
 from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion
 from weightsmith.checkpoint.json_text import parse_object
-from weightsmith.errors import CheckpointError, did_you_mean, shown
+from weightsmith.errors import CheckpointError, shown
 from weightsmith.tokenizer.classes import BY_MODEL, CLASSES, PLAIN, Slots, TokenizerClass
 from weightsmith.tokenizer.sentencepiece import PieceType, SentencePieceModel, parse_sentencepiece
 from weightsmith.tokenizer.slow_models import (
@@ -119,7 +119,8 @@ def convert(
         "model": parts.model,
     }
     kind = f"as a {name} has it" if name else "as SentencePiece splits text: no file names a class"
-    return Converted(content, chosen, f"made of {file}, {kind}; there is no tokenizer.json")
+    made_of = f"{file} and merges.txt" if own.format == "merges" else file
+    return Converted(content, chosen, f"made of {made_of}, {kind}; there is no tokenizer.json")
 
 
 def class_name(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
@@ -201,25 +202,25 @@ def _added(
     """
     entries: dict[str, dict[str, Any]] = {}
 
-    def add(content: str, **flags: Any) -> None:
-        known = {flag: flags[flag] for flag in (*_FLAGS, "id") if type(flags.get(flag)) in (bool, int)}
-        entries[content] = {**dict.fromkeys(_FLAGS, False), **entries.get(content, {}), **known}
+    def add(token: str, flags: Mapping[str, Any], **own_flags: Any) -> None:
+        known = {flag: flags[flag] for flag in _FLAGS if isinstance(flags.get(flag), bool)}
+        entries[token] = {**dict.fromkeys(_FLAGS, False), "id": None, **entries.get(token, {}), **known, **own_flags}
 
     for token, special in parts.added.items():
-        add(token, special=special)
+        add(token, {}, special=special)
     for role in _ORDER:
         if role in roles:
             given = settings.get(role)
             greedy = {"lstrip": role == "mask_token" and own.greedy_mask}
             flags: Mapping[str, Any] = given if isinstance(given, dict) else greedy
-            add(roles[role], **{**flags, "special": True, "id": None})
+            add(roles[role], flags, special=True)
     for token in (*own.extra, *sentinels(own, settings, owner), *_additional(settings)):
-        add(token, special=True)
+        add(token, {}, special=True)
     for token, number, flags in _declared(settings, files, owner):
-        add(token, **{**flags, "id": number})
+        add(token, flags, id=number)
     own_numbers = parts.vocabulary
     for token, entry in entries.items():
-        declared = entry.pop("id", None)
+        declared = entry["id"]
         number = own_numbers.get(token, declared)
         if declared is not None and number != declared:
             raise CheckpointError(
@@ -336,10 +337,7 @@ def _unknown_class(owner: str, file: str, name: str | None) -> str:
             f"{owner} has {file} and no file that says which class of tokenizer it is for, and so how text is split: "
             f"name it as tokenizer_class in tokenizer_config.json, or {_WAY_OUT}"
         )
-    return (
-        f"the {file} of {owner} is that of a {shown(name)[1:-1]}{did_you_mean(name, CLASSES)}, which is not converted "
-        f"here: {_WAY_OUT}"
-    )
+    return f"the {file} of {owner} is that of a {shown(name)[1:-1]}, which is not converted here: {_WAY_OUT}"
 
 
 def _refuse_tiktoken(files: Mapping[str, File], owner: str) -> None:

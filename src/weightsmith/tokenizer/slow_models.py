@@ -140,7 +140,11 @@ def from_merges(
         normalizer = _in_turn("normalizers", [{"type": "NFC"}, _replace(r"\s+", " ", "Regex"), {"type": "Lowercase"}])
         own_bytes = {**before, "add_prefix_space": False, "use_regex": True}
         cut = _in_turn("pretokenizers", [_split(_CLIP, "Removed", True), own_bytes])
-    decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    decoder: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    if clip:
+        # Strip would do it, and panics where there is nothing to strip.
+        ends = [_replace("</w>", " "), _replace(r" \z", "", "Regex")]
+        decoder = _in_turn("decoders", [decoder, *ends])
     return Parts(model, normalizer, cut, decoder, vocabulary, {})
 
 
