@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from weightsmith.checkpoint.source import Source
+from weightsmith.errors import shown
 from weightsmith.tokenizer.components import PARTS
 from weightsmith.tokenizer.facts import TokenizerFacts, open_tokenizer, tokenizer_facts
 from weightsmith.tokenizer.matching import Numbers, match
@@ -14,16 +15,16 @@ from weightsmith.tokenizer.tokenizer import ROLES, Tokenizer
 
 # What the file says of an added token, beside its text and number.
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
-# Parts of the model that hold tokens: compared by themselves.
-_VOCABULARY = ("type", "vocab", "merges", "dropout")
-# What is meant where a file leaves a setting of its model out.
-_DEFAULTS: Mapping[str, Any] = {
+# The model's settings, beside its tokens, with what is meant where a file leaves them out. An empty affix is none.
+_SETTINGS: Mapping[str, Any] = {
+    "unk_token": None,
+    "unk_id": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "max_input_chars_per_word": 100,
     "fuse_unk": False,
     "byte_fallback": False,
     "ignore_merges": False,
-    "continuing_subword_prefix": None,
-    "end_of_word_suffix": None,
-    "unk_token": None,
 }
 # How many tokens of a group are kept as examples.
 _EXAMPLES = 20
@@ -196,11 +197,13 @@ def _model(own: Tokenizer, other: Tokenizer) -> Iterator[str]:
     if own.kind != other.kind:
         yield f"A is {own.kind} and B is {other.kind}"
         return
-    for key in sorted({*own.model, *other.model} - set(_VOCABULARY)):
-        one, two = (found.model.get(key, _DEFAULTS.get(key)) for found in (own, other))
-        # An affix that is empty is none.
-        if (one or None) != (two or None):
-            yield f"{key} of the {own.kind} model is {one!r} in A and {two!r} in B"
+    for key, default in _SETTINGS.items():
+        one, two = (
+            shown(None if value == "" else value)
+            for value in (own.model.get(key, default), other.model.get(key, default))
+        )
+        if one != two:
+            yield f"{key} of the {own.kind} model is {one} in A and {two} in B"
     merges = [_merges(found) for found in (own, other)]
     if merges[0] != merges[1]:
         shared = set(merges[0]) & set(merges[1])
@@ -267,7 +270,7 @@ def _warnings(a: TokenizerFacts, b: TokenizerFacts) -> Iterator[str]:
     if one.kind != other.kind:
         yield (
             f"A splits numbers {one.in_words()}, B {other.in_words()}: a model that is given the other's tokenizer "
-            "loses much of its arithmetic, which training must bring back (arXiv 2506.06607)"
+            "may lose much of its arithmetic (arXiv 2506.06607)"
         )
 
 
@@ -292,6 +295,12 @@ def _verdict(a: TokenizerFacts, b: TokenizerFacts, groups: Mapping[str, Tokens],
         return (
             "They have the same tokens under other numbers: merge with tokenizer: {source: union} or {source: base}, "
             "which puts the rows in order; without it rows of different tokens are mixed."
+        )
+    if not renamed and not (only_a and only_b):
+        side, other, count = ("B", "A", only_b) if only_b else ("A", "B", only_a)
+        return (
+            f"{side} has all tokens of {other}, some under other numbers, and {count:,} more: merge with tokenizer: "
+            "{source: union}, which puts the rows in order."
         )
     shared = same + moved + renamed
     share = shared / max(a.tokens, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from weightsmith.errors import shown
+
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 # What says nothing of how text is split: offsets alone follow it.
@@ -52,14 +54,15 @@ def _flat(component: Any) -> Iterator[Mapping[str, Any]]:
 
 def _steps(part: str, component: Any) -> Iterator[str]:
     for step in _flat(component):
-        kind = str(step.get("type"))
+        kind = _name(step.get("type"))
         if kind == "Replace":
-            yield f"{_pattern(step.get('pattern'))} becomes {step.get('content')!r}"
+            yield f"{_pattern(step.get('pattern'))} becomes {shown(step.get('content'))}"
         elif kind == "Prepend":
-            yield f"{step.get('prepend')!r} is put before a text"
+            yield f"{shown(step.get('prepend'))} is put before a text"
         elif kind == "Split":
             cut = f"cut at {_pattern(step.get('pattern'))}"
-            yield f"{cut}, {step.get('behavior')}{', inverted' if step.get('invert') else ''}"
+            inverted = ", inverted" if step.get("invert") else ""
+            yield f"{cut}, {_name(step.get('behavior')).lower()}{inverted}"
         elif kind == "ByteLevel" and part != "pre_tokenizer":
             # Its settings tell how to split; a post-processor moves offsets alone.
             if part != "post_processor":
@@ -72,19 +75,25 @@ def _steps(part: str, component: Any) -> Iterator[str]:
             yield f"{kind} ({settings})" if settings else kind
 
 
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
+
+
 def _pattern(pattern: Any) -> str:
     if isinstance(pattern, dict) and len(pattern) == 1:
         (kind, text), *_ = pattern.items()
-        return f"/{text}/" if kind == "Regex" else repr(text)
-    return repr(pattern)
+        if isinstance(text, str):
+            return f"/{text}/" if kind == "Regex" else repr(text)
+    return shown(pattern)
 
 
 def _short(value: Any) -> str:
     # A precompiled map of characters has hundreds of kilobytes.
     if isinstance(value, bool | None):
         return {True: "on", False: "off", None: "unset"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else f"of {len(text):,} characters"
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 60 else f"of {len(value):,} characters"
+    return shown(value)
 
 
 def _around(single: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

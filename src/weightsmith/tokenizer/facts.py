@@ -190,7 +190,8 @@ def _open(reference: str) -> Checkpoint:
     elif os.path.isfile(path) and not is_weights(path):
         name = os.path.basename(path)
         # A tokenizer of the library goes by any name; other files are told by theirs.
-        known = "tokenizer.json" if name.endswith(".json") and name != "tekken.json" else name
+        known = "tokenizer.json" if name.endswith(".json") else name
+        known = "tekken.json" if name.startswith("tekken") else known
         # Mistral's own have their version behind.
         known = "tokenizer.model" if re.search(r"\.(model|spm)(\.v\w+)?$", name) else known
         return Checkpoint(reference, {}, Companions({}, {known: Path(path).absolute()}))

@@ -210,6 +210,8 @@ def parse_tokenizer(text: bytes, where: str) -> dict[str, Any]:
         vocabulary = vocabulary_of(content)
         if any(not 0 <= number < _MOST_TOKENS for number in vocabulary.values()):
             raise ValueError("a token has a number below 0 or above 67 million")
+        if not all(isinstance(entry["content"], str) for entry in content.get("added_tokens") or []):
+            raise TypeError("an added token's content is no text")
         if not all(isinstance(content["model"].get(key) or "", str) for key in _AFFIXES):
             raise TypeError(f"{' or '.join(_AFFIXES)} is no text")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
