@@ -50,6 +50,36 @@ def _shuffled(pieces: list[bytes], random: Random, fresh: Callable[[], bytes]) -
     return pieces
 
 
+def field_mutator(words: Sequence[bytes]) -> Mutator:
+    """Return a mutator of messages in Protocol Buffers, field by field, that also puts in these fields.
+
+    The first byte of an input chooses what the rest is, and is left alone.
+    """
+
+    def mutate(content: bytes, random: Random) -> bytes:
+        pieces = _shuffled(_fields(content[1:4000]), random, lambda: random.choice(words))
+        if pieces and random.random() < 0.5:
+            # Fields are messages in their turn.
+            place = random.randrange(len(pieces))
+            inner = bytearray(pieces[place])
+            if inner:
+                inner[random.randrange(len(inner))] = random.choice([0, 1, 2, 5, 127, 128, 255, random.randrange(256)])
+            pieces[place] = bytes(inner)
+        return content[:1] + b"".join(pieces)
+
+    return mutate
+
+
+def _fields(content: bytes) -> list[bytes]:
+    """Cut a message before each field with a length of one byte; what cannot be understood stays in one piece."""
+    pieces, place = [], 0
+    while place + 1 < len(content) and content[place] & 7 == 2 and content[place + 1] < 128:
+        stop = place + 2 + content[place + 1]
+        pieces.append(content[place:stop])
+        place = stop
+    return [*pieces, content[place:]] if place < len(content) else pieces
+
+
 def pickle_mutator(words: Sequence[bytes]) -> Mutator:
     """Return a mutator of pickles, instruction by instruction, that also puts in these pieces of pickle.
 

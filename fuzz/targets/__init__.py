@@ -13,10 +13,9 @@ from fuzz.targets import (
     recipe,
     running,
     safetensors,
+    slow_tokenizers,
     torch_files,
 )
 
-TARGETS: dict[str, Target] = {
-    module.TARGET.name: module.TARGET
-    for module in (safetensors, index, torch_files, distributed, adapter, recipe, companions, bundle, layouts, running)
-}
+_MODULES = (safetensors, index, torch_files, distributed, adapter, recipe, companions, bundle, layouts, running)
+TARGETS: dict[str, Target] = {module.TARGET.name: module.TARGET for module in (*_MODULES, slow_tokenizers)}

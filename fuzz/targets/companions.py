@@ -20,6 +20,7 @@ from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError
 from weightsmith.inspection import inspect
 from weightsmith.tokenizer.chat_template import read_template
+from weightsmith.tokenizer.components import PARTS, describe, template
 from weightsmith.tokenizer.matching import match
 from weightsmith.tokenizer.tokenizer import read_tokenizer
 
@@ -47,6 +48,9 @@ def run(content: bytes) -> None:
             tokenizer = read_tokenizer(files, "fuzzed")
             if tokenizer is not None:
                 match(tokenizer, tokenizer, bytes_as_text=True)
+                for part in PARTS:
+                    describe(part, tokenizer.content.get(part))
+                template(tokenizer.content.get("post_processor"))
         elif read_template(files) is not None or content[0] > 127:
             write_companions(_folder() / "out", {}, files, chat_template="{{ new }}")
     except CheckpointError:
@@ -91,7 +95,15 @@ def seeds() -> Sequence[bytes]:
         "mlp_only_layers": [0, 2],
     }
     settings = {"chat_template": [{"name": "default", "template": "x"}, {"name": "tools", "template": "y"}]}
-    tokens = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<x>", "id": 2}]}
+    tokens = {
+        "model": {"vocab": {"a": 0, "b": 1}},
+        "added_tokens": [{"content": "<x>", "id": 2}],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"Regex": "a"}, "content": "b"}],
+        },
+        "post_processor": {"type": "BertProcessing", "sep": ["a", 0], "cls": ["b", 1]},
+    }
     unigram = {"model": {"vocab": [["a", -1.5], ["b", -2]]}}
     chosen = [(0, model), (0, parts), (0, ends), (1, tokens), (1, unigram), (2, settings), (3, {"chat_template": "x"})]
     texts = [bytes([number]) + json.dumps(content).encode() for number, content in chosen]

@@ -225,6 +225,13 @@ def test_files_that_say_too_little_or_nothing_are_refused(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 0}')
     with pytest.raises(CheckpointError, match=r"vocab.json gives one number to two tokens"):
         own(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 4294967296}')
+    with pytest.raises(CheckpointError, match=r"vocab.json is no vocabulary"):
+        own(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 2}')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"leaves numbers out, and tokens are added behind it"):
+        own(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": "0"}')
     with pytest.raises(CheckpointError, match=r"vocab.json is no vocabulary"):
         own(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,6 +71,7 @@ def _steps(part: str, component: Any) -> Iterator[str]:
         elif kind in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
             before, behind = template(step)
             yield " ".join([*before, "text", *behind])
+            yield f"two texts: {' '.join(_two(step))}"
         else:
             settings = ", ".join(f"{key} {_short(value)}" for key, value in step.items() if key not in _SILENT)
             yield f"{kind} ({settings})" if settings else kind
@@ -92,8 +94,22 @@ def _short(value: Any) -> str:
     if isinstance(value, bool | None):
         return {True: "on", False: "off", None: "unset"}[value]
     if isinstance(value, str):
-        return repr(value) if len(value) <= 60 else f"of {len(value):,} characters"
+        digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+        return repr(value) if len(value) <= 60 else f"of {len(value):,} characters ({digest})"
     return shown(value)
+
+
+def _two(step: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what stands around two texts, A and B, in their order."""
+    kind = step.get("type")
+    if kind != "TemplateProcessing":
+        first, separator = _first(step.get("cls")), _first(step.get("sep"))
+        yield from (*first, "A", *separator, *(separator if kind == "RobertaProcessing" else ()), "B", *separator)
+        return
+    pair = step.get("pair")
+    for entry in pair if isinstance(pair, list) else ():
+        for piece in entry.values() if isinstance(entry, dict) else ():
+            yield _name(piece.get("id") if isinstance(piece, dict) else piece)
 
 
 def _around(single: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -237,6 +237,10 @@ def _added(
     result.sort(key=lambda entry: entry["id"])
     beyond = [entry["id"] for entry in result if entry["content"] not in own_numbers]
     first = max(own_numbers.values(), default=-1) + 1
+    if beyond and len(set(own_numbers.values())) != first:
+        raise CheckpointError(
+            f"the vocabulary of {owner} leaves numbers out, and tokens are added behind it: {_WAY_OUT}"
+        )
     if beyond != list(range(first, first + len(beyond))):
         raise CheckpointError(
             f"the added tokens of {owner} have the numbers {shown(beyond)}, and not those that follow its vocabulary, "

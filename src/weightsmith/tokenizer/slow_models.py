@@ -12,6 +12,7 @@ from typing import Any
 from weightsmith.errors import CheckpointError, shown
 from weightsmith.tokenizer.classes import TokenizerClass
 from weightsmith.tokenizer.sentencepiece import Piece, PieceType, SentencePieceModel
+from weightsmith.tokenizer.tokenizer import MOST_TOKENS
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -186,15 +187,12 @@ def parse_vocabulary(content: bytes, where: str) -> dict[str, int]:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
-    if (
-        not isinstance(found, dict)
-        or not found
-        or not all(type(number) is int and number >= 0 for number in found.values())
-    ):
+    numbers = list(found.values()) if isinstance(found, dict) else []
+    if not numbers or not all(type(number) is int and 0 <= number < MOST_TOKENS for number in numbers):
         raise CheckpointError(f"{where} is no vocabulary: a mapping of tokens to numbers is expected")
-    if len(set(found.values())) != len(found):
+    if len(set(numbers)) != len(numbers):
         raise CheckpointError(f"{where} gives one number to two tokens")
-    return found
+    return dict(found)
 
 
 def parse_merges(content: bytes, vocabulary: Mapping[str, int], where: str) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from weightsmith.errors import CheckpointError, shown
 LARGEST = 100_000_000
 _LARGEST_SETTINGS = 16_000_000
 # More tokens than any model has rows for.
-_MOST_TOKENS = 1 << 26
+MOST_TOKENS = 1 << 26
 # Of a token with several roles the first decides what it is matched by: a model that cannot stop is the worse.
 ROLES = ("eos_token", "bos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 Kind = Literal["BPE", "WordPiece", "Unigram", "WordLevel"]
@@ -208,7 +208,7 @@ def parse_tokenizer(text: bytes, where: str) -> dict[str, Any]:
         # Vocabularies may name a token twice: the last counts, here as in the tokenizers library.
         content = json.loads(text)
         vocabulary = vocabulary_of(content)
-        if any(not 0 <= number < _MOST_TOKENS for number in vocabulary.values()):
+        if any(not 0 <= number < MOST_TOKENS for number in vocabulary.values()):
             raise ValueError("a token has a number below 0 or above 67 million")
         if not all(isinstance(entry["content"], str) for entry in content.get("added_tokens") or []):
             raise TypeError("an added token's content is no text")
