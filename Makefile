@@ -56,6 +56,7 @@ fuzz: $(VENV)/.core
 	$(BIN)/python fuzz/run.py index --executions 1200000
 	$(BIN)/python fuzz/run.py bundle --executions 700000
 	$(BIN)/python fuzz/run.py recipe --executions 500000
+	$(BIN)/python fuzz/run.py slow_tokenizers --executions 500000
 
 clean:
 	rm -rf $(VENV) site out quickstart .mypy_cache .pytest_cache .ruff_cache .hypothesis fuzz/corpus fuzz/found

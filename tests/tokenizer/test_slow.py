@@ -28,6 +28,9 @@ CLASSES = {
     "albert": "AlbertTokenizer",
     "xlnet": "XLNetTokenizerFast",
     "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
+    "big-bird": "BigBirdTokenizerFast",
 }
 
 

@@ -27,10 +27,12 @@ class TokenizerClass:
         single: what is put around one text; None where ``bos`` decides.
         pair: what is put around two.
         extra: special tokens that the class has beside those with roles.
-        fairseq: whether the numbers are those of fairseq: ``<s>``, ``<pad>``, ``</s>``, ``<unk>`` and then the pieces.
+        fairseq: the tokens that stand before the pieces where numbers are those of fairseq: roles, or tokens that are
+            no role's. A mask follows the pieces then.
+        skipped: how many of the model's own pieces, control pieces all, these take the place of.
         quotes: whether two backquotes or apostrophes become a quotation mark, accents go, and a comma after a digit is
             a piece by itself (ALBERT, XLNet).
-        lower: whether capital letters become small where no file says.
+        lower: whether capital letters become small where no file says; None where the class never does that.
         greedy_mask: whether the mask takes the space before it.
         pattern: how bytes are grouped before merges: GPT-2's pattern, Qwen2's or CLIP's.
         sentinels: how many ``<extra_id_…>`` follow the pieces where no file says (T5).
@@ -42,9 +44,10 @@ class TokenizerClass:
     single: Slots | None = None
     pair: Slots = ()
     extra: tuple[str, ...] = ()
-    fairseq: bool = False
+    fairseq: tuple[str, ...] = ()
+    skipped: int = 0
     quotes: bool = False
-    lower: bool = False
+    lower: bool | None = None
     greedy_mask: bool = False
     pattern: Literal["gpt2", "qwen2", "clip"] = "gpt2"
     sentinels: int = 0
@@ -77,6 +80,11 @@ _BERT = TokenizerClass("words", _BERT_ROLES, single=_AROUND, pair=_BERT_PAIR, lo
 _ROBERTA = TokenizerClass("merges", _ROBERTA_ROLES, single=_AROUND, pair=_ROBERTA_PAIR, greedy_mask=True)
 _GPT2 = TokenizerClass("merges", _GPT2_ROLES)
 _LLAMA = TokenizerClass("sentencepiece", _LLAMA_ROLES, bos=True)
+
+# fairseq's numbers begin with these; pieces that it does not use keep a place.
+_FAIRSEQ = ("bos_token", "pad_token", "eos_token", "unk_token")
+_UNUSED = ("<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED")
+_CAMEMBERT = (_UNUSED[0], "pad_token", _UNUSED[1], "unk_token", _UNUSED[2])
 
 # A SentencePiece model of no class: as SentencePiece itself splits text.
 PLAIN = TokenizerClass("sentencepiece", {})
@@ -126,10 +134,41 @@ CLASSES: Mapping[str, TokenizerClass] = {
         pair=(("A", 0), ("sep_token", 0), ("B", 1), ("sep_token", 1), ("cls_token", 2)),
         extra=("<eop>", "<eod>"),
         quotes=True,
+        lower=False,
         greedy_mask=True,
     ),
     "XLMRobertaTokenizer": TokenizerClass(
-        "sentencepiece", _ROBERTA_ROLES, single=_AROUND, pair=_ROBERTA_PAIR, fairseq=True, greedy_mask=True
+        "sentencepiece",
+        _ROBERTA_ROLES,
+        single=_AROUND,
+        pair=_ROBERTA_PAIR,
+        fairseq=_FAIRSEQ,
+        skipped=3,
+        greedy_mask=True,
+    ),
+    "CamembertTokenizer": TokenizerClass(
+        "sentencepiece",
+        _ROBERTA_ROLES,
+        single=_AROUND,
+        pair=_ROBERTA_PAIR,
+        extra=_UNUSED,
+        fairseq=_CAMEMBERT,
+        skipped=1,
+        greedy_mask=True,
+    ),
+    "DebertaV2Tokenizer": TokenizerClass(
+        "sentencepiece",
+        {"bos_token": "[CLS]", "eos_token": "[SEP]", **_BERT_ROLES},
+        single=_AROUND,
+        pair=_BERT_PAIR,
+        lower=False,
+    ),
+    "BigBirdTokenizer": TokenizerClass(
+        "sentencepiece",
+        {**_BERT_ROLES, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+        single=_AROUND,
+        pair=_BERT_PAIR,
+        greedy_mask=True,
     ),
     "GPT2Tokenizer": _GPT2,
     "CodeGenTokenizer": _GPT2,
@@ -175,6 +214,9 @@ BY_MODEL = {
     "albert": "AlbertTokenizer",
     "xlnet": "XLNetTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
+    "big_bird": "BigBirdTokenizer",
     "gpt2": "GPT2Tokenizer",
     "gpt_neo": "GPT2Tokenizer",
     "opt": "GPT2Tokenizer",

@@ -23,8 +23,8 @@ from weightsmith.tokenizer.slow_models import (
     parse_words,
     sentinels,
 )
+from weightsmith.tokenizer.tokenizer import LARGEST, ROLES
 
-_LARGEST = 100_000_000
 # The names under which SentencePiece models lie beside weights, the likeliest first.
 _SENTENCEPIECE = (
     "tokenizer.model",
@@ -147,20 +147,21 @@ def _read(
     settings: Mapping[str, Any],
     where: str,
 ) -> tuple[Parts, dict[str, str]]:
-    content = read_companion(files[file], _LARGEST)
+    content = read_companion(files[file], LARGEST)
     if own.format == "sentencepiece":
         if _TIKTOKEN.match(content[:1000]):
             raise CheckpointError(_tiktoken(where))
         model = parse_sentencepiece(content, where)
         if own is PLAIN:
             roles = {**_roles_of(model), **roles}
-        _need(
-            own, roles, ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token") if own.fairseq else (), where
-        )
+        needed = tuple(token for token in own.fairseq if token in ROLES)
+        _need(own, roles, (*needed, "mask_token") if needed else (), where)
+        if settings.get("split_by_punct") is True:
+            raise CheckpointError(f"{where} is split at punctuation first, which is not converted here: {_WAY_OUT}")
         return from_sentencepiece(model, own, roles, settings, where), roles
     if own.format == "merges":
         vocabulary = parse_vocabulary(content, where)
-        lines = read_companion(files["merges.txt"], _LARGEST)
+        lines = read_companion(files["merges.txt"], LARGEST)
         merges = parse_merges(lines, vocabulary, where.replace("vocab.json", "merges.txt"))
         return from_merges(vocabulary, merges, own, settings, roles.get("unk_token")), roles
     if settings.get("do_basic_tokenize") is False:

@@ -66,15 +66,16 @@ def from_sentencepiece(
     entries = [(piece.text, _score(piece, own)) for piece in model.pieces]
     unknown = model.unknown
     if own.fairseq:
-        if len(entries) < 3 or any(
-            piece.type not in (PieceType.UNKNOWN, PieceType.CONTROL) for piece in model.pieces[:3]
-        ):
+        # The control pieces that lead a model lose their numbers to fairseq's.
+        led = [piece.type in (PieceType.UNKNOWN, PieceType.CONTROL) for piece in model.pieces[: own.skipped]]
+        if len(led) < own.skipped or not all(led):
             raise CheckpointError(
-                f"{where} does not begin with <unk>, <s> and </s>, as models of its class do: its numbers are unknown"
+                f"{where} does not begin with {own.skipped} control pieces, as models of its class do: its numbers are "
+                "unknown"
             )
-        first = [roles[role] for role in ("bos_token", "pad_token", "eos_token", "unk_token")]
-        entries = [*((token, 0.0) for token in first), *entries[3:], (roles["mask_token"], 0.0)]
-        unknown = 3
+        first = [roles.get(token, token) for token in own.fairseq]
+        entries = [*((token, _unused(token)) for token in first), *entries[own.skipped :], (roles["mask_token"], 0.0)]
+        unknown = first.index(roles["unk_token"])
     entries += [(token, 0.0) for token in sentinels(own, settings, where)]
     vocabulary = {token: number for number, (token, _) in enumerate(entries)}
     if len(vocabulary) != len(entries):
@@ -171,7 +172,7 @@ def from_words(vocabulary: Mapping[str, int], own: TokenizerClass, settings: Map
         "clean_text": True,
         "handle_chinese_chars": settings.get("tokenize_chinese_chars") is not False,
         "strip_accents": accents if isinstance(accents, bool) else None,
-        "lowercase": _flag(settings, "do_lower_case", own.lower),
+        "lowercase": _flag(settings, "do_lower_case", bool(own.lower)),
     }
     decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     return Parts(model, normalizer, {"type": "BertPreTokenizer"}, decoder, vocabulary, {})
@@ -243,6 +244,11 @@ def _score(piece: Piece, own: TokenizerClass) -> float:
     return piece.score + _UNLIKELY if own.quotes and _COMMA.match(piece.text) else piece.score
 
 
+def _unused(token: str) -> float:
+    # A piece that text must not be split into.
+    return _UNLIKELY if token.startswith("<unk>") and token != "<unk>" else 0.0
+
+
 def _unigram(entries: Iterable[tuple[str, float]], unknown: int, model: SentencePieceModel) -> dict[str, Any]:
     vocabulary = [[token, score] for token, score in entries]
     return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": model.byte_fallback}
@@ -287,8 +293,8 @@ def _normalizer(model: SentencePieceModel, own: TokenizerClass, settings: Mappin
         steps += [_replace("``", '"'), _replace("''", '"')]
         if not _flag(settings, "keep_accents", False):
             steps += [{"type": "NFKD"}, {"type": "StripAccents"}]
-        if _flag(settings, "do_lower_case", own.lower):
-            steps.append({"type": "Lowercase"})
+    if own.lower is not None and _flag(settings, "do_lower_case", own.lower):
+        steps.append({"type": "Lowercase"})
     if model.charsmap:
         encoded = base64.b64encode(model.charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded})

@@ -190,7 +190,10 @@ def read_tokenizer(files: Mapping[str, File], owner: str, config: Mapping[str, A
         from weightsmith.tokenizer.slow import convert
 
         made = convert(files, owner, settings, roles, config or {})
-        return None if made is None else Tokenizer(owner, made.content, settings, made.roles, (made.note,))
+        if made is None:
+            return None
+        # The roles that its class gives are in no file yet.
+        return Tokenizer(owner, made.content, {**made.roles, **settings}, made.roles, (made.note,))
     return Tokenizer(owner, parse_tokenizer(read_companion(file, LARGEST), shown_file(file, owner)), settings, roles)
 
 

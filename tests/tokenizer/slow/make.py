@@ -79,10 +79,24 @@ MODELS = {
         "control_symbols": ["<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>"],
     },
     "xlm-roberta": {"vocab_size": 200},
+    "camembert": {"vocab_size": 200},
+    "deberta-v2": {
+        "vocab_size": 200,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "pad_piece": "[PAD]",
+        "bos_piece": "[CLS]",
+        "eos_piece": "[SEP]",
+        "unk_piece": "[UNK]",
+    },
+    "big-bird": {"vocab_size": 200, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 6, "control_symbols": _SPECIALS},
 }
 CLASSES = {"llama": "Llama", "gemma": "Gemma", "t5": "T5", "albert": "Albert", "xlnet": "XLNet"}
-CLASSES |= {"xlm-roberta": "XLMRoberta"}
-FILES = {"llama": "tokenizer.model", "gemma": "tokenizer.model", "xlm-roberta": "sentencepiece.bpe.model"}
+CLASSES |= {"xlm-roberta": "XLMRoberta", "camembert": "Camembert", "deberta-v2": "DebertaV2", "big-bird": "BigBird"}
+FILES = {"llama": "tokenizer.model", "gemma": "tokenizer.model", "deberta-v2": "spm.model"}
+FILES |= {"xlm-roberta": "sentencepiece.bpe.model", "camembert": "sentencepiece.bpe.model"}
 
 
 def train(name: str) -> bytes:
