@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.checkpoint.checkpoint import File
-from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion
-from weightsmith.checkpoint.json_text import parse_object
+from weightsmith.checkpoint.companions import read_companion
 from weightsmith.errors import CheckpointError, shown
+from weightsmith.tokenizer.added_tokens import WAY_OUT, added_tokens, shown_part
 from weightsmith.tokenizer.classes import BY_MODEL, CLASSES, PLAIN, Slots, TokenizerClass
 from weightsmith.tokenizer.sentencepiece import PieceType, SentencePieceModel, parse_sentencepiece
 from weightsmith.tokenizer.slow_models import (
@@ -18,12 +18,9 @@ from weightsmith.tokenizer.slow_models import (
     from_merges,
     from_sentencepiece,
     from_words,
-    parse_merges,
-    parse_vocabulary,
-    parse_words,
-    sentinels,
 )
 from weightsmith.tokenizer.tokenizer import LARGEST, ROLES
+from weightsmith.tokenizer.vocabulary_files import parse_merges, parse_vocabulary, parse_words
 
 # The names under which SentencePiece models lie beside weights, the likeliest first.
 _SENTENCEPIECE = (
@@ -35,10 +32,6 @@ _SENTENCEPIECE = (
 )
 # A line of tiktoken: the bytes of a token, and its number.
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-_WAY_OUT = "load it once with transformers' AutoTokenizer and save it with save_pretrained, which writes tokenizer.json"
-# In this order transformers gives numbers to special tokens that have none.
-_ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
@@ -104,8 +97,8 @@ def convert(
         # What a file says to be nothing is nothing.
         if role in settings and settings[role] is None:
             chosen.pop(role, None)
-    parts, chosen = _read(files, file, own, chosen, settings, _shown(files[file], owner, file))
-    added = _added(parts, chosen, own, settings, files, owner)
+    parts, chosen = _read(files, file, own, chosen, settings, shown_part(files[file], owner, file))
+    added = added_tokens(parts, chosen, own, settings, files, owner)
     numbers = {**parts.vocabulary, **{entry["content"]: entry["id"] for entry in added}}
     content = {
         "version": "1.0",
@@ -157,7 +150,7 @@ def _read(
         needed = tuple(token for token in own.fairseq if token in ROLES)
         _need(own, roles, (*needed, "mask_token") if needed else (), where)
         if settings.get("split_by_punct") is True:
-            raise CheckpointError(f"{where} is split at punctuation first, which is not converted here: {_WAY_OUT}")
+            raise CheckpointError(f"{where} is split at punctuation first, which is not converted here: {WAY_OUT}")
         return from_sentencepiece(model, own, roles, settings, where), roles
     if own.format == "merges":
         vocabulary = parse_vocabulary(content, where)
@@ -166,7 +159,7 @@ def _read(
         return from_merges(vocabulary, merges, own, settings, roles.get("unk_token")), roles
     if settings.get("do_basic_tokenize") is False:
         raise CheckpointError(
-            f"{where} is used without splitting at punctuation, which is not converted here: {_WAY_OUT}"
+            f"{where} is used without splitting at punctuation, which is not converted here: {WAY_OUT}"
         )
     _need(own, roles, ("unk_token",), where)
     return from_words(parse_words(content, where), own, settings, roles["unk_token"]), roles
@@ -187,104 +180,6 @@ def _need(own: TokenizerClass, roles: Mapping[str, str], needed: tuple[str, ...]
         raise CheckpointError(
             f"{where}: its class needs {', '.join(missing)}, and tokenizer_config.json says it has none"
         )
-
-
-def _added(
-    parts: Parts,
-    roles: Mapping[str, str],
-    own: TokenizerClass,
-    settings: Mapping[str, Any],
-    files: Mapping[str, File],
-    owner: str,
-) -> list[dict[str, Any]]:
-    """Return the added tokens, by number: those that files name, and those that the class adds.
-
-    The tokenizers library numbers tokens that are not in the vocabulary one after the other behind it.
-    """
-    entries: dict[str, dict[str, Any]] = {}
-
-    def add(token: str, flags: Mapping[str, Any], **own_flags: Any) -> None:
-        known = {flag: flags[flag] for flag in _FLAGS if isinstance(flags.get(flag), bool)}
-        entries[token] = {**dict.fromkeys(_FLAGS, False), "id": None, **entries.get(token, {}), **known, **own_flags}
-
-    for token, special in parts.added.items():
-        add(token, {}, special=special)
-    for role in _ORDER:
-        if role in roles:
-            given = settings.get(role)
-            greedy = {"lstrip": role == "mask_token" and own.greedy_mask}
-            flags: Mapping[str, Any] = given if isinstance(given, dict) else greedy
-            add(roles[role], flags, special=True)
-    for token in (*own.extra, *sentinels(own, settings, owner), *_additional(settings)):
-        add(token, {}, special=True)
-    for token, number, flags in _declared(settings, files, owner):
-        add(token, flags, id=number)
-    own_numbers = parts.vocabulary
-    for token, entry in entries.items():
-        declared = entry["id"]
-        number = own_numbers.get(token, declared)
-        if declared is not None and number != declared:
-            raise CheckpointError(
-                f"the tokenizer of {owner} has {shown(token)} under number {number}, and its files of added tokens say "
-                f"{declared}: {_WAY_OUT}"
-            )
-        entry["id"] = number
-    numbered = {token: entry["id"] for token, entry in entries.items() if entry["id"] is not None}
-    following = max([*own_numbers.values(), *numbered.values()], default=-1) + 1
-    for entry in entries.values():
-        if entry["id"] is None:
-            entry["id"], following = following, following + 1
-    result = [{"id": entry["id"], "content": token, **_only(entry)} for token, entry in entries.items()]
-    result.sort(key=lambda entry: entry["id"])
-    beyond = [entry["id"] for entry in result if entry["content"] not in own_numbers]
-    first = max(own_numbers.values(), default=-1) + 1
-    if beyond and len(set(own_numbers.values())) != first:
-        raise CheckpointError(
-            f"the vocabulary of {owner} leaves numbers out, and tokens are added behind it: {_WAY_OUT}"
-        )
-    if beyond != list(range(first, first + len(beyond))):
-        raise CheckpointError(
-            f"the added tokens of {owner} have the numbers {shown(beyond)}, and not those that follow its vocabulary, "
-            f"{first} to {first + len(beyond) - 1}: {_WAY_OUT}"
-        )
-    return result
-
-
-def _only(entry: Mapping[str, Any]) -> dict[str, bool]:
-    return {flag: bool(entry[flag]) for flag in _FLAGS}
-
-
-def _additional(settings: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        value = settings.get(key)
-        for entry in value if isinstance(value, list) else ():
-            text = entry.get("content") if isinstance(entry, dict) else entry
-            if isinstance(text, str) and text:
-                yield text
-
-
-def _declared(
-    settings: Mapping[str, Any], files: Mapping[str, File], owner: str
-) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """Yield the added tokens that files number: text, number, flags."""
-    file = files.get("added_tokens.json")
-    if file is not None:
-        where = _shown(file, owner, "added_tokens.json")
-        for token, number in parse_object(read_companion(file, LARGEST_SETTINGS), where).items():
-            if type(number) is not int or not token:
-                raise CheckpointError(
-                    f"{where} gives {shown(token)} the number {shown(number)}; a whole one is expected"
-                )
-            yield token, number, {}
-    decoder = settings.get("added_tokens_decoder")
-    for key, entry in decoder.items() if isinstance(decoder, dict) else ():
-        text = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(text, str) or not text or not re.fullmatch(r"\d{1,9}", key):
-            raise CheckpointError(
-                f"added_tokens_decoder of {owner}'s tokenizer_config.json is damaged at {shown(key)}: a number, and a "
-                "token with its content, are expected"
-            )
-        yield text, int(key), entry
 
 
 def _template(
@@ -340,9 +235,9 @@ def _unknown_class(owner: str, file: str, name: str | None) -> str:
     if name is None:
         return (
             f"{owner} has {file} and no file that says which class of tokenizer it is for, and so how text is split: "
-            f"name it as tokenizer_class in tokenizer_config.json, or {_WAY_OUT}"
+            f"name it as tokenizer_class in tokenizer_config.json, or {WAY_OUT}"
         )
-    return f"the {file} of {owner} is that of a {shown(name)[1:-1]}, which is not converted here: {_WAY_OUT}"
+    return f"the {file} of {owner} is that of a {shown(name)[1:-1]}, which is not converted here: {WAY_OUT}"
 
 
 def _refuse_tiktoken(files: Mapping[str, File], owner: str) -> None:
@@ -352,10 +247,4 @@ def _refuse_tiktoken(files: Mapping[str, File], owner: str) -> None:
 
 
 def _tiktoken(where: str) -> str:
-    return (
-        f"{where} is a tokenizer in the form of tiktoken, which holds no merges and is not converted here: {_WAY_OUT}"
-    )
-
-
-def _shown(file: File, owner: str, name: str) -> str:
-    return f"{name} of {owner}" if isinstance(file, bytes) else str(file)
+    return f"{where} is a tokenizer in the form of tiktoken, which holds no merges and is not converted here: {WAY_OUT}"
