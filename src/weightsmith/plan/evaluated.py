@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.gathered import resized
 from weightsmith.checkpoint.recent import RECENT
-from weightsmith.checkpoint.resized import resized
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.engine.evaluate import Evaluator
 from weightsmith.engine.expression import Computed, computed_within
