@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from weightsmith import dtypes
 from weightsmith.checkpoint.recent import RECENT
-from weightsmith.checkpoint.rows import FLOAT64, read_wide, tile_rows
+from weightsmith.checkpoint.rows import FLOAT64, TILE, read_wide, tile_rows
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.dtypes import DType
 from weightsmith.kernels.convert import narrow, widen
@@ -30,6 +30,8 @@ AVERAGE = -3
 
 # To read this many bytes and drop them takes less time than to begin another read.
 _GAP = 1 << 14
+# The same of elements that arithmetic makes in tiles.
+_GAP_MADE = TILE
 # Most bytes that are read at once of a tensor whose rows are picked.
 _SPAN = 1 << 22
 # More stretches than these are not asked for ahead: asking takes as long as reading.
@@ -115,6 +117,8 @@ class GatheredRows(Tensor):
         self.dtype = dtype
         self.tensors = tuple(tensors)
         self.origins = origins
+        self.held = sum(tensor.held for tensor in self.tensors)
+        self.whole = any(tensor.whole for tensor in self.tensors)
         self._width = max(self.size // max(len(origins), 1), 1)
 
     def read(self, start: int, stop: int) -> Array:
@@ -219,10 +223,12 @@ class GatheredRows(Tensor):
         tensor, width = self.tensors[number], self._width
         made = getattr(tensor, "read_wide", None) if wide or tensor.dtype != rows.dtype else None
         if made is None and tensor.dtype == rows.dtype:
-            _spread(tensor.read, wanted, places, rows)
+            gap = _GAP_MADE if hasattr(tensor, "read_wide") else _GAP // rows.dtype.itemsize
+            _spread(tensor.read, wanted, places, rows, gap)
             return
         own = np.empty((len(wanted), width), FLOAT64 if made is not None else tensor.dtype)
-        _spread(made or tensor.read, wanted, np.arange(len(wanted)), own)
+        gap = _GAP_MADE if made is not None else _GAP // own.dtype.itemsize
+        _spread(made or tensor.read, wanted, np.arange(len(wanted)), own, gap)
         rows[places] = _rounded(widen(own.reshape(-1), FLOAT64).reshape(own.shape), rows.dtype)
 
     def _means(self, groups: Numbers) -> Array:
@@ -297,7 +303,7 @@ def resized(tensor: Tensor, rows: int) -> GatheredRows:
     return gathered(tensor.name, [tensor], origins, (rows, *tensor.shape[1:]), tensor.dtype)
 
 
-def _spread(read: Callable[[int, int], Array], wanted: Numbers, places: Numbers, rows: Array) -> None:
+def _spread(read: Callable[[int, int], Array], wanted: Numbers, places: Numbers, rows: Array, gap: int) -> None:
     """Read rows of a tensor to their places: neighbours, and those that lie close together, at once.
 
     Args:
@@ -305,15 +311,15 @@ def _spread(read: Callable[[int, int], Array], wanted: Numbers, places: Numbers,
         wanted: the rows' numbers in it: ``[k]``.
         places: where each belongs: ``[k]``.
         rows: what they are written to: ``[n, width]``.
+        gap: how many elements between two rows are read and dropped rather than to begin another read.
     """
     width = rows.shape[1]
     if (np.diff(wanted) < 0).any():
         order = np.argsort(wanted, kind="stable")
         wanted, places = wanted[order], places[order]
-    nbytes = width * rows.dtype.itemsize
-    most = max(_SPAN // nbytes, 1)
+    most = max(_SPAN // (width * rows.dtype.itemsize), 1)
     # A stretch ends where a gap is too wide, or where it grows too long.
-    ends = np.diff(wanted) > _GAP // nbytes + 1
+    ends = np.diff(wanted) > gap // width + 1
     ends |= np.diff(wanted // most) > 0
     bounds = [0, *(np.flatnonzero(ends) + 1).tolist(), len(wanted)]
     lows = (wanted[bounds[:-1]] * width).tolist()
