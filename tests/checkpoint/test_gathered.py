@@ -13,6 +13,7 @@ from conftest import write_safetensors
 from weightsmith.checkpoint.gathered import AVERAGE, MEAN, ZERO, Origins, gathered, resized
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.engine.expression import carried, is_made
+from weightsmith.errors import CheckpointError
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64]
 
@@ -197,3 +198,13 @@ def test_rows_that_lie_far_apart_do_not_bring_what_is_between_them():
     tensor = gathered("t", [source], Origins(np.zeros(5, np.int64), picked), (5, 1024))
     assert np.array_equal(tensor.numpy()[:, 0], picked * 1024)
     assert source.most <= 2 * 1024
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path):
+    tensors, _ = two(tmp_path, np.float32, 1 << 13)
+    picked = np.arange(0, 40, 8)
+    tensor = gathered("g", tensors, Origins(np.zeros(5, np.int64), picked), (5, 1 << 13))
+    tensor.numpy()
+    os.truncate(tmp_path / "two.safetensors", 32 * (1 << 13) * 4)
+    with pytest.raises(CheckpointError, match="two.safetensors ends before byte .* it is cut short"):
+        tensor.numpy()

@@ -220,15 +220,13 @@ class GatheredRows(Tensor):
             rows: what they are written to: ``[n, width]``.
             wide: whether what is made by arithmetic is taken as it is before it is rounded.
         """
-        tensor, width = self.tensors[number], self._width
-        made = getattr(tensor, "read_wide", None) if wide or tensor.dtype != rows.dtype else None
-        if made is None and tensor.dtype == rows.dtype:
-            gap = _GAP_MADE if hasattr(tensor, "read_wide") else _GAP // rows.dtype.itemsize
-            _spread(tensor.read, wanted, places, rows, gap)
+        tensor = self.tensors[number]
+        if tensor.dtype == rows.dtype and not (wide and hasattr(tensor, "read_wide")):
+            _spread(tensor, wanted, places, rows, wide=False)
             return
-        own = np.empty((len(wanted), width), FLOAT64 if made is not None else tensor.dtype)
-        gap = _GAP_MADE if made is not None else _GAP // own.dtype.itemsize
-        _spread(made or tensor.read, wanted, np.arange(len(wanted)), own, gap)
+        made = hasattr(tensor, "read_wide")
+        own = np.empty((len(wanted), self._width), FLOAT64 if made else tensor.dtype)
+        _spread(tensor, wanted, np.arange(len(wanted)), own, wide=made)
         rows[places] = _rounded(widen(own.reshape(-1), FLOAT64).reshape(own.shape), rows.dtype)
 
     def _means(self, groups: Numbers) -> Array:
@@ -244,7 +242,12 @@ class GatheredRows(Tensor):
             places = np.flatnonzero(source == number)
             self._pick(number, row[places], places, values, wide=True)
         # Rows are added one after the other, whichever groups are asked for together.
-        means: Array = np.add.reduceat(values, ends - counts, axis=0) / counts[:, None]
+        begins = ends - counts
+        sums = values[begins]
+        for place in range(1, int(counts.max())):
+            longer = np.flatnonzero(counts > place)
+            sums[longer] += values[begins[longer] + place]
+        means: Array = sums / counts[:, None]
         return means
 
     def _average(self, number: int) -> Array:
@@ -303,32 +306,38 @@ def resized(tensor: Tensor, rows: int) -> GatheredRows:
     return gathered(tensor.name, [tensor], origins, (rows, *tensor.shape[1:]), tensor.dtype)
 
 
-def _spread(read: Callable[[int, int], Array], wanted: Numbers, places: Numbers, rows: Array, gap: int) -> None:
+def _spread(tensor: Tensor, wanted: Numbers, places: Numbers, rows: Array, *, wide: bool) -> None:
     """Read rows of a tensor to their places: neighbours, and those that lie close together, at once.
 
     Args:
-        read: returns elements of the tensor.
+        tensor: the tensor.
         wanted: the rows' numbers in it: ``[k]``.
         places: where each belongs: ``[k]``.
         rows: what they are written to: ``[n, width]``.
-        gap: how many elements between two rows are read and dropped rather than to begin another read.
+        wide: whether they are not to be rounded to the tensor's dtype (``read_wide``).
     """
     width = rows.shape[1]
     if (np.diff(wanted) < 0).any():
         order = np.argsort(wanted, kind="stable")
         wanted, places = wanted[order], places[order]
     most = max(_SPAN // (width * rows.dtype.itemsize), 1)
+    made = hasattr(tensor, "read_wide")
+    gap = _GAP_MADE if made else _GAP // rows.dtype.itemsize
     # A stretch ends where a gap is too wide, or where it grows too long.
     ends = np.diff(wanted) > gap // width + 1
     ends |= np.diff(wanted // most) > 0
-    bounds = [0, *(np.flatnonzero(ends) + 1).tolist(), len(wanted)]
-    lows = (wanted[bounds[:-1]] * width).tolist()
-    for begin, end, low in zip(bounds, bounds[1:], lows, strict=False):
-        if end == begin + 1:
-            rows[places[begin]] = read(low, low + width)
-        else:
-            high = int(wanted[end - 1] + 1) * width
-            rows[places[begin:end]] = read(low, high).reshape(-1, width)[wanted[begin:end] - low // width]
+    bounds = np.concatenate([[0], np.flatnonzero(ends) + 1, [len(wanted)]])
+    alone = np.diff(bounds) == 1
+    if not wide and alone.any():
+        single = bounds[:-1][alone]
+        own = np.empty((len(single), width), rows.dtype)
+        tensor.read_parts((wanted[single] * width).tolist(), own)
+        rows[places[single]] = own
+    read: Callable[[int, int], Array] = tensor.read_wide if wide else tensor.read  # type: ignore[attr-defined]
+    left = np.ones(len(alone), np.bool_) if wide else ~alone
+    for begin, end in zip(bounds[:-1][left].tolist(), bounds[1:][left].tolist(), strict=True):
+        low, high = int(wanted[begin]), int(wanted[end - 1]) + 1
+        rows[places[begin:end]] = read(low * width, high * width).reshape(-1, width)[wanted[begin:end] - low]
 
 
 def _rounded(values: Array, dtype: DType) -> Array:
