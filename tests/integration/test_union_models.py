@@ -96,7 +96,9 @@ def test_a_union_loads_encodes_and_generates(tmp_path, name):
     for role, token in ROLES[MODELS[name][0]].items():
         assert getattr(loaded, role) == token
     model, info = model_class.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     vocabulary = read.get_vocab()
     size = -(-len(vocabulary) // 32) * 32
     assert model.config.vocab_size == size > own["a"].get_vocab_size()

@@ -11,7 +11,8 @@ import pytest
 
 import weightsmith as ws
 from conftest import llama_tensors, read_safetensors, write_safetensors
-from weightsmith.errors import PlanError, RecipeError
+from weightsmith.checkpoint.staging import Staging
+from weightsmith.errors import OutputError, PlanError, RecipeError
 from weightsmith.methods import registry
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -141,7 +142,8 @@ def test_a_union_takes_from_each_what_it_has(models, tmp_path, table, base):
     order = order_of(tmp_path / "out")
     # The first's numbers stay; others follow in the order of their own.
     assert order == [*A, "x", "y", "q"]
-    assert config["vocab_size"] == 9 and (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
+    assert config["vocab_size"] == 9
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
     aligned = plainly(models, table, order, "abc", base=base)
     if base is None:
         expected = 0.5 * aligned["a"] + 0.2 * aligned["b"] + 0.3 * aligned["c"]
@@ -149,7 +151,8 @@ def test_a_union_takes_from_each_what_it_has(models, tmp_path, table, base):
         expected = aligned["a"] + 0.2 * (aligned["b"] - aligned["a"]) + 0.3 * (aligned["c"] - aligned["a"])
     np.testing.assert_allclose(found[table], expected, rtol=1e-6, atol=1e-6)
     text = "\n".join(merged.warnings)
-    assert "vocabulary: 9 tokens (6 of" in text and "all models have 4" in text
+    assert "vocabulary: 9 tokens (6 of" in text
+    assert "all models have 4" in text
     if base is None:
         assert f"{a} has 6 of them, and takes 1 from {b}, 1 from {c}, 1 as means" in text
 
@@ -187,7 +190,8 @@ def test_padding_is_the_mean_of_all_rows_of_each_model(models, tmp_path):
     merged = ws.merge("linear", [a, b], weight=[0.25, 0.75], tokenizer={"source": "union", "pad_to_multiple_of": 7})
     found, config = saved(merged, tmp_path)
     order = order_of(tmp_path / "out")
-    assert config["vocab_size"] == 14 and len(order) == 8
+    assert config["vocab_size"] == 14
+    assert len(order) == 8
     for table in TABLES:
         aligned = plainly(models, table, order, "ab", rows=14)
         np.testing.assert_allclose(found[table], 0.25 * aligned["a"] + 0.75 * aligned["b"], rtol=1e-6, atol=1e-6)
@@ -197,7 +201,8 @@ def test_rows_beyond_the_tokenizer_stay_unless_mergekit_is_to_be_matched(models,
     """Qwen has 152,064 rows for 151,665 tokens; mergekit cuts them off (its issue 425)."""
     a, b = models.add("a", A, rows=12), models.add("b", B, rows=10)
     merged = ws.merge("linear", [a, b], weight=0.5, tokenizer_source=a)
-    assert merged[EMBEDDINGS].shape == (12, 8) and merged.config["vocab_size"] == 12
+    assert merged[EMBEDDINGS].shape == (12, 8)
+    assert merged.config["vocab_size"] == 12
     own, other = models.table("a", HEAD), models.table("b", HEAD)
     found = merged[HEAD].numpy()
     # Row 6 is a token of b's; rows 7 to 9 are nobody's, and 10 and 11 only a has.
@@ -288,7 +293,8 @@ def test_tied_and_untied_heads_together(models, tmp_path):
         np.testing.assert_allclose(found[table], (aligned["a"] + aligned["b"]) / 2, rtol=1e-6, atol=1e-6)
     assert config["tie_word_embeddings"] is False
     tied = ws.merge("linear", [a, models.add("c", C, tied=True)], weight=0.5, tokenizer_source="union")
-    assert HEAD not in tied and tied.config["tie_word_embeddings"] is True
+    assert HEAD not in tied
+    assert tied.config["tie_word_embeddings"] is True
 
 
 def test_a_row_from_a_model_of_another_dtype_keeps_its_values(models):
@@ -424,3 +430,21 @@ tokenizer_source: union
     np.testing.assert_allclose(merged[EMBEDDINGS].numpy(), (aligned["a"] + aligned["b"]) / 2, rtol=1e-6, atol=1e-6)
     # The head is carried from the base, with a row for every token.
     np.testing.assert_allclose(merged[HEAD].numpy(), plainly(models, HEAD, [*A, "x", "y"], "ab", base="a")["a"])
+
+
+def test_an_unfinished_run_is_not_gone_on_with_by_another_tokenizer(models, tmp_path, monkeypatch):
+    a, b = models.add("a", A), models.add("b", B)
+
+    def begin():
+        return ws.merge("linear", [a, b], weight=0.5, tokenizer_source="union")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        begin().save(tmp_path / "out")
+    monkeypatch.undo()
+    models.vocabularies["b"] = write_tokenizer(b, ["<s>", "a", "</s>", "x", "b", "y", "c"])
+    with pytest.raises(OutputError, match="restart"):
+        begin().save(tmp_path / "out")

@@ -90,14 +90,16 @@ def test_pieces_of_unigram_keep_their_scores_and_the_unknown_its_price():
     assert pieces[: len(own)] == own
     assert pieces[united.vocabulary["<|own|>"]] == ["<|own|>", min(score for _, score in own)]
     fresh = [token for token in other.get_vocab() if token not in one.get_vocab() and token != "<|new|>"]
-    assert fresh and all(pieces[united.vocabulary[token]] == [token, scores[token]] for token in fresh)
+    assert fresh
+    assert all(pieces[united.vocabulary[token]] == [token, scores[token]] for token in fresh)
 
 
 def test_tokens_beyond_the_rows_of_their_model_are_left_out():
     one, other = pair("byte_bpe")
     rows = other.token_to_id("<|new|>")
     united, _ = unite(parsed(one), [(parsed(other, "b"), rows)])
-    assert "<|new|>" not in united.vocabulary and len(united.vocabulary) > len(one.get_vocab())
+    assert "<|new|>" not in united.vocabulary
+    assert len(united.vocabulary) > len(one.get_vocab())
 
 
 def test_merges_keep_their_form():

@@ -6,6 +6,7 @@ element.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,14 @@ class Origins:
         return len(self.source)
 
     @cached_property
+    def digest(self) -> bytes:
+        """A hash of all of it."""
+        found = hashlib.blake2b(digest_size=16)
+        for numbers in (self.source, self.row, self.starts, self.member_source, self.member_row):
+            found.update(len(numbers).to_bytes(8, "little") + np.ascontiguousarray(numbers, "<i8").tobytes())
+        return found.digest()
+
+    @cached_property
     def breaks(self) -> Numbers:
         """The rows that do not continue the row before them, the first among them, and the end: ``[runs + 1]``."""
         if not len(self):
@@ -120,6 +129,12 @@ class GatheredRows(Tensor):
         self.held = sum(tensor.held for tensor in self.tensors)
         self.whole = any(tensor.whole for tensor in self.tensors)
         self._width = max(self.size // max(len(origins), 1), 1)
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of where every row comes from."""
+        inner = [tensor.digest for tensor in self.tensors if isinstance(tensor, GatheredRows)]
+        return b"".join([self.origins.digest, *inner])
 
     def read(self, start: int, stop: int) -> Array:
         """See :meth:`Tensor.read`."""
