@@ -448,3 +448,59 @@ def test_an_unfinished_run_is_not_gone_on_with_by_another_tokenizer(models, tmp_
     models.vocabularies["b"] = write_tokenizer(b, ["<s>", "a", "</s>", "x", "b", "y", "c"])
     with pytest.raises(OutputError, match="restart"):
         begin().save(tmp_path / "out")
+
+
+def test_an_adapter_that_brought_tokens_takes_part_with_them(models, tmp_path):
+    """A base with an adapter is a model like any other: with the adapter's tokenizer and its longer embeddings."""
+    a, b = models.add("a", A), models.add("b", B)
+    rng = np.random.default_rng(5)
+    longer = {table: rng.standard_normal((8, 8)).astype(np.float32) for table in TABLES}
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    target = "model.layers.0.self_attn.q_proj"
+    factors = {f"base_model.model.{target}.lora_{x}.weight": rng.standard_normal(s) for x, s in (("A", (2, 8)), ("B", (8, 2)))}  # fmt: skip
+    saved_tables = {f"base_model.model.{name}": array for name, array in longer.items()}
+    write_safetensors(adapter / "adapter_model.safetensors", {**{n: v.astype(np.float32) for n, v in factors.items()}, **saved_tables})  # fmt: skip
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    # Its new tokens are the other model's, too.
+    own = write_tokenizer(adapter, [*A, "y", "<tool>"])
+    merged = ws.merge("linear", [f"{a}+{adapter}", b], weight=0.5, tokenizer_source="union")
+    found, config = saved(merged, tmp_path)
+    order = order_of(tmp_path / "out")
+    assert order == [*A, "y", "<tool>", "x"]
+    assert config["vocab_size"] == 9
+    for table in TABLES:
+        for token, row in zip(order, found[table], strict=True):
+            rows = [longer[table][own[token]]] if token in own else []
+            rows += [models.table("b", table)[models.vocabularies["b"][token]]] if token in models.vocabularies["b"] else []  # fmt: skip
+            np.testing.assert_allclose(row, np.mean(rows, axis=0), rtol=1e-6, atol=1e-6)
+
+
+def test_biases_and_tables_under_several_names(models, write_model):
+    """BERT's bias is saved twice, BART's is one row, and encoder and decoder share a table under other names."""
+    rng = np.random.default_rng(0)
+
+    def write(name, tokens, names, bias):
+        rows = len(tokens)
+        shape = {"final_logits_bias": (1, rows)}
+        arrays = {one: rng.standard_normal((rows, 4)).astype(np.float32) for one in names}
+        if bias:
+            arrays[bias] = rng.standard_normal(shape.get(bias, (rows,))).astype(np.float32)
+        config = {"vocab_size": rows, "model_type": "bart", "is_encoder_decoder": True, "tie_word_embeddings": False}
+        path = write_model(name, arrays, config)
+        return str(path), arrays, write_tokenizer(path, tokens)
+
+    for bias in ("final_logits_bias", "lm_head.bias", None):
+        a, of_a, at_a = write("a", A, ["model.shared.weight", "lm_head.weight"], bias)
+        b, of_b, at_b = write("b", B, ["model.encoder.embed_tokens.weight", "lm_head.weight"], bias)
+        merged = ws.merge("linear", [a, b], weight=0.5, tokenizer_source="union", on_missing="first")
+        for table in ("model.shared.weight", "lm_head.weight", *([bias] if bias else [])):
+            one = of_a[table].reshape(6, -1)
+            other = of_b[table.replace("shared", "encoder.embed_tokens")].reshape(7, -1)
+            rows = [
+                [own[at[token]] for own, at in ((one, at_a), (other, at_b)) if token in at] for token in [*A, "x", "y"]
+            ]
+            expected = np.array([np.mean(having, axis=0) for having in rows])
+            found = merged[table].numpy().reshape(8, -1)
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, err_msg=table)

@@ -150,7 +150,7 @@ class _Growing:
 
     def _list(self) -> list[list[Any]]:
         """Return Unigram's vocabulary, whose numbers are places."""
-        pieces = [list(entry) for entry in self._first.model["vocab"]]
+        pieces = [list(entry) for entry in self._first.model.get("vocab") or ()]
         texts = {number: text for text, number in self.vocabulary.items()}
         for number in range(len(pieces), self._next):
             text = texts.get(number, f"<no token {number}>")
