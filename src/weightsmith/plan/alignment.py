@@ -162,9 +162,9 @@ def _vocabularies(models: Sequence[Model]) -> list[Vocabulary]:
             continue
         if tokenizer is None:
             raise PlanError(
-                f"{model.reference} has no tokenizer.json, so that which token each of its rows of embeddings is for "
-                "is not known: put the one that it was trained with beside its weights, or merge without tokenizer and "
-                "tokenizer_source"
+                f"{model.reference} has no tokenizer (tokenizer.json), so that which token each of its rows of "
+                "embeddings is for is not known: put the one that it was trained with beside its weights, or merge "
+                "without tokenizer and tokenizer_source"
             )
         lengths = {name: checkpoint[name].shape[axis] for name, axis in tables.items()}
         rows = max(lengths.values())
@@ -185,17 +185,16 @@ def _vocabularies(models: Sequence[Model]) -> list[Vocabulary]:
 def _tokenizer(model: Model, known: dict[bytes, Tokenizer]) -> Tokenizer | None:
     """Read a model's tokenizer; one that another model has as well is read once."""
     files = model.checkpoint.companions.files
+    if "tokenizer.json" not in files:
+        return read_tokenizer(files, model.reference)
     digest = hashlib.blake2b()
     for name in _TOKENIZER_FILES:
         content = read_companion(files[name], LARGEST) if name in files else b""
         digest.update(len(content).to_bytes(8, "little") + content)
-    key = digest.digest()
-    if key not in known:
-        tokenizer = read_tokenizer(files, model.reference)
-        if tokenizer is None:
-            return None
-        known[key] = tokenizer
-    return known[key]
+    found = known.get(digest.digest()) or read_tokenizer(files, model.reference)
+    if found is not None:
+        known[digest.digest()] = found
+    return found
 
 
 def _source(asked: Asked, recipe: Merge, models: Sequence[Model], vocabularies: Sequence[Vocabulary]) -> Vocabulary:
