@@ -21,8 +21,10 @@ from weightsmith.errors import CheckpointError
 from weightsmith.inspection import inspect
 from weightsmith.tokenizer.chat_template import read_template
 from weightsmith.tokenizer.components import PARTS, describe, template
+from weightsmith.tokenizer.files import files_of
 from weightsmith.tokenizer.matching import match
-from weightsmith.tokenizer.tokenizer import read_tokenizer
+from weightsmith.tokenizer.tokenizer import Tokenizer, read_tokenizer
+from weightsmith.tokenizer.union import unite, with_tokens
 
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja")
 _WORDS = b'"model_type" "llama" "architectures" "num_hidden_layers" 3 "layer_types" "text_config" "auto_map" "dtype"'
@@ -30,6 +32,10 @@ _WORDS += (
     b' "model" "vocab" "added_tokens" "content" "id" "chat_template" "name" "default" "template" [1,2,3] { } [ ] : ,'
 )
 _WORDS += b' "first_k_dense_replace" "num_nextn_predict_layers" "max_window_layers" "sliding_window_pattern"'
+_GOOD = b"""{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+ "added_tokens": [{"id": 3, "content": "<s>", "special": true}], "pre_tokenizer": {"type": "ByteLevel"}}"""
+# Larger ones are refused beside a model, which has fewer rows.
+_MOST = 10_000
 _NAMES = ("model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)))
 
 
@@ -51,10 +57,24 @@ def run(content: bytes) -> None:
                 for part in PARTS:
                     describe(part, tokenizer.content.get(part))
                 template(tokenizer.content.get("post_processor"))
+                if tokenizer.size < _MOST:
+                    _unite(tokenizer)
         elif read_template(files) is not None or content[0] > 127:
             write_companions(_folder() / "out", {}, files, chat_template="{{ new }}")
     except CheckpointError:
         return
+
+
+def _unite(tokenizer: Tokenizer) -> None:
+    """Put a tokenizer together with a good one, both ways, and read what comes of it."""
+    other = read_tokenizer({"tokenizer.json": _GOOD}, "good")
+    assert other is not None
+    for first, second in ((tokenizer, other), (other, tokenizer)):
+        united, _ = unite(first, [(second, second.size)])
+        made, _ = files_of(with_tokens(united, ["<new>"]), {}, {}, rebuilt=True)
+        again = read_tokenizer(made, "united")
+        if again is None or not first.vocabulary.items() <= again.vocabulary.items():
+            raise Defect("a union changed the numbers of its first tokenizer")
 
 
 def _use(config: dict[str, object]) -> None:

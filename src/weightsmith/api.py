@@ -60,7 +60,8 @@ def merge(
     out_dtype: str | None = None,
     seed: int = 0,
     compat: str | None = None,
-    tokenizer_source: str | None = None,
+    tokenizer_source: Source | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
     on_missing: str = "error",
     on_shape_mismatch: str = "error",
@@ -81,7 +82,10 @@ def merge(
         out_dtype: dtype of the output where ``dtype`` is to mean something else (see the recipe reference).
         seed: seed of random methods.
         compat: ``"mergekit"`` to restore that tool's numbers where it departs from the published method.
-        tokenizer_source: ``"base"`` or one of the models: whose tokenizer the output takes.
+        tokenizer_source: ``"base"``, one of the models, or ``"union"``: whose tokenizer the output takes. Embeddings
+            of all models are brought to its tokens first.
+        tokenizer: the same with rules for single tokens: ``source``, ``tokens`` and ``pad_to_multiple_of`` as in a
+            recipe.
         chat_template: ``"auto"``, a known format's name, or a Jinja template.
         on_missing: what to do with tensors that some inputs lack: ``error``, ``base``, ``first`` or ``skip``.
         on_shape_mismatch: what to do with tensors of different shape: ``error``, ``base`` or ``first``; ``pad`` or
@@ -115,7 +119,8 @@ def merge(
         out_dtype=out_dtype,
         seed=seed,
         compat=compat,
-        tokenizer_source=tokenizer_source,
+        tokenizer_source=None if tokenizer_source is None else inputs.reference(tokenizer_source),
+        tokenizer=None if tokenizer is None else inputs.tokenizer(tokenizer),
         chat_template=chat_template,
         on_missing=on_missing,
         on_shape_mismatch=on_shape_mismatch,
@@ -212,7 +217,11 @@ def _rule(rule: Any, place: str, method: str, models: Sequence[str]) -> Any:
 
 
 def average(
-    models: Sequence[Source], weights: Sequence[float] | None = None, *, mask: Mask | None = None
+    models: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    mask: Mask | None = None,
+    tokenizer_source: Source | None = None,
 ) -> LazyCheckpoint:
     """Average models: the mean of their weights, or the weighted mean.
 
@@ -223,13 +232,12 @@ def average(
             any keeps (``union``) or the first keeps (``first``); see the method ``sparse_soup``. By default no mask is
             looked for: a mask that all models have is kept by the mean itself, and masks that differ give a warning
             with the density of the result when it is saved.
+        tokenizer_source: one of the models, or ``"union"``: for models whose vocabularies differ, see :func:`merge`.
     """
     weight = 1.0 if weights is None else list(weights)
-    return (
-        merge("linear", models, weight=weight)
-        if mask is None
-        else merge("sparse_soup", models, weight=weight, mask=mask)
-    )
+    if mask is None:
+        return merge("linear", models, weight=weight, tokenizer_source=tokenizer_source)
+    return merge("sparse_soup", models, weight=weight, mask=mask, tokenizer_source=tokenizer_source)
 
 
 def fuse(
@@ -333,11 +341,25 @@ class _Inputs:
             return rule
         return {**rule, "models": [self._of_rule(entry) for entry in models]}
 
+    def tokenizer(self, asked: Mapping[str, Any]) -> Any:
+        """Return what is asked of a tokenizer with its models by reference."""
+        tokens = asked.get("tokens")
+        if not isinstance(tokens, Mapping):
+            return self._of(asked, "source")
+        rules = {token: self._of(rule, "source") for token, rule in tokens.items()}
+        return {**self._of(asked, "source"), "tokens": rules}
+
+    def _of(self, entry: Any, key: str) -> Any:
+        """Return a mapping with the model under a key, or within what is there, by reference."""
+        value = entry.get(key) if isinstance(entry, Mapping) else None
+        if isinstance(value, _SOURCES):
+            return {**entry, key: self.reference(value)}
+        return {**entry, key: self._of(value, "model")} if isinstance(value, Mapping) else entry
+
     def _of_rule(self, entry: Any) -> Any:
         if isinstance(entry, _SOURCES):
             return {"model": self.reference(entry)}
-        model = entry.get("model") if isinstance(entry, Mapping) else None
-        return {**entry, "model": self.reference(model)} if isinstance(model, _SOURCES) else entry
+        return self._of(entry, "model")
 
     def _step(self, source: LazyCheckpoint, recipe: Merge) -> str:
         for name, known in self.opened.items():

@@ -233,8 +233,6 @@ def test_config_and_tokenizer_come_from_the_base_or_from_whom_the_recipe_names(w
     assert sources(ws.merge("slerp", [b], a, t=0.1, tokenizer_source=str(b))) == ("a", "b", "a")
     with pytest.raises(PlanError, match="none of the models that are merged"):
         ws.merge("slerp", [b], a, t=0.1, tokenizer_source="c")
-    with pytest.raises(PlanError, match="union is not supported yet"):
-        ws.merge("slerp", [b], a, t=0.1, tokenizer_source="union")
     assert any("numbers 1 of" in text for text in ws.average([a, b]).warnings)
 
 

@@ -219,7 +219,9 @@ def test_a_tokenizer_that_lacks_the_added_tokens_is_pointed_out(write_model):
     merged = ws.merge("task_arithmetic", [a], base, weight=1.0, on_shape_mismatch="pad")
     assert f"rows from 16 on are tokens of {a} that the tokenizer of {base} lacks; tokenizer_source: {a} takes the one that has them" in merged.warnings  # fmt: skip
     better = ws.merge("task_arithmetic", [a], base, weight=1.0, on_shape_mismatch="pad", tokenizer_source=a)
-    assert not [text for text in better.warnings if "tokenizer" in text]
+    assert not [text for text in better.warnings if "that the tokenizer of" in text]
+    assert any(f"{base} has 16 of them, and takes 4 from {a}" in text for text in better.warnings)
+    assert better.config["vocab_size"] == 20
 
 
 @pytest.mark.parametrize("inner", ["linear", "ties", "whole"])

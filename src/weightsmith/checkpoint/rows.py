@@ -16,12 +16,12 @@ from weightsmith.kernels.convert import widen
 
 FLOAT64 = np.dtype(np.float64)
 # Elements of a tile.
-_TILE = 1 << 16
+TILE = 1 << 16
 
 
 def tile_rows(width: int) -> int:
     """Return how many rows of this width are worked on at a time."""
-    return max(_TILE // max(width, 1), 1)
+    return max(TILE // max(width, 1), 1)
 
 
 def tiled(start: int, stop: int, width: int, rows: int, make: Callable[[int, int], Array], *, tiles: int = 1) -> Array:

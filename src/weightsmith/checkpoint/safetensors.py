@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,11 @@ class StoredTensor(Tensor):
         """See :meth:`Tensor.read_into`."""
         self.source.read_into(self._bytes(start, stop)[0], buffer)
         return buffer.view(self.dtype)
+
+    def read_parts(self, starts: Sequence[int], out: Array) -> None:
+        """See :meth:`Tensor.read_parts`."""
+        offset, width = self.offset, self.dtype.itemsize
+        self.source.read_parts([offset + start * width for start in starts], out.view(np.uint8))
 
     def prefetch(self, start: int, stop: int) -> bool:
         """See :meth:`Tensor.prefetch`."""

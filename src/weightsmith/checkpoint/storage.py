@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -63,6 +63,15 @@ class Source(ABC):
             CheckpointError: if the file cannot be read or ends before the buffer is full.
         """
         buffer[:] = np.frombuffer(self.read(start, start + len(buffer)), np.uint8)
+
+    def read_parts(self, starts: Sequence[int], buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill the rows of a buffer with as many stretches of bytes: ``[stretches, bytes]``.
+
+        Raises:
+            CheckpointError: if the file cannot be read or ends before one of them does.
+        """
+        for start, part in zip(starts, buffer, strict=True):
+            self.read_into(start, part)
 
     def prefetch(self, start: int, stop: int) -> bool:
         """Have the bytes brought into memory without waiting for them; return whether the storage can do so."""
@@ -152,6 +161,21 @@ class LocalSource(Source):
     def read_into(self, start: int, buffer: npt.NDArray[np.uint8]) -> None:
         """See :meth:`Source.read_into`; nothing is copied on the way."""
         self._check_length(start, start + len(buffer), self._fill(start, memoryview(buffer.data)))
+
+    def read_parts(self, starts: Sequence[int], buffer: npt.NDArray[np.uint8]) -> None:
+        """See :meth:`Source.read_parts`; the file is looked up once for all of them."""
+        view, length = memoryview(buffer.reshape(-1).data), buffer.shape[1]
+        cut = []
+        try:
+            with self._open() as own:
+                for place, start in enumerate(starts):
+                    if os.preadv(own, [view[place * length : (place + 1) * length]], start) != length:
+                        cut.append(place)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+        # Cut short by a signal, or by the end of the file.
+        for place in cut:
+            self.read_into(starts[place], buffer[place])
 
     def prefetch(self, start: int, stop: int) -> bool:
         """See :meth:`Source.prefetch`."""

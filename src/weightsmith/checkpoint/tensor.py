@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +60,16 @@ class Tensor(ABC):
             A contiguous array ``[stop - start]`` of this tensor's dtype; valid until the buffer is used again.
         """
         return np.ascontiguousarray(self.read(start, stop))
+
+    def read_parts(self, starts: Sequence[int], out: Array) -> None:
+        """Read several stretches of one length, as many calls of :meth:`read` do.
+
+        Args:
+            starts: flat index of the first element of each.
+            out: where they go: ``[stretches, length]``, of this tensor's dtype, contiguous.
+        """
+        for place, start in enumerate(starts):
+            out[place] = self.read(start, start + out.shape[1])
 
     def prefetch(self, start: int, stop: int) -> bool:
         """Have elements brought into memory without waiting for them; return whether the storage can do so."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from itertools import count
 from typing import Any
 
@@ -15,7 +15,8 @@ from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import other_files, tokenizer_files
 from weightsmith.checkpoint.reference import parse_reference
 from weightsmith.engine.memory import uncollected
-from weightsmith.errors import PlanError
+from weightsmith.plan.alignment import align
+from weightsmith.plan.evaluated import Rearranger
 from weightsmith.plan.maker import Maker
 from weightsmith.plan.merged import Beside, LazyCheckpoint
 from weightsmith.plan.naming import Naming, name_slots
@@ -54,33 +55,44 @@ def compile_recipe(recipe: Recipe, opened: Mapping[str, Checkpoint] | None = Non
 
 def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) -> LazyCheckpoint:
     ways = Ways(recipe)
-    naming = name_slots(recipe, _opener(find))
+    open_model, rearranger = _opener(find), Rearranger()
+    alignment = align(recipe, open_model, rearranger)
+    naming = name_slots(recipe, alignment.opener(open_model) if alignment else open_model)
     methods, warnings = ways.check(naming.slots, naming.models)
-    maker = Maker(recipe, ways)
+    maker = Maker(recipe, ways, rearranger)
     made = {slot.name: maker.make(slot) for slot in naming.slots}
     maker.finish(naming)
+    # As they were opened, not as they are seen with the result's tokens.
+    models = [open_model(model.reference) for model in naming.models]
+    donor = models[0].checkpoint
     tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
     warnings += maker.warnings
     written = {name: maker.dtype_of(tensor) for name, tensor in tensors.items()}
-    config = _config(recipe, naming, maker, tensors, written, warnings)
-    donor = naming.donor.checkpoint
-    tokenizer = _tokenizer_of(recipe, naming)
-    files = {
-        **other_files(donor.companions.files),
-        **tokenizer_files(tokenizer.checkpoint.companions.files),
-    }
-    warnings += check_vocabularies(naming.models, tokenizer, tensors)
+    untied = maker.untied | (alignment.untied if alignment else frozenset())
+    config = _config(naming, donor, tensors, written, untied, warnings)
+    files = other_files(donor.companions.files)
+    if alignment is None:
+        files |= tokenizer_files(donor.companions.files)
+        warnings += check_vocabularies(naming.models, naming.donor, tensors)
+    else:
+        warnings += alignment.warnings
+        config, notes = alignment.config(config)
+        files, more = alignment.beside(files)
+        own = tokenizer_files(alignment.source.checkpoint.companions.files)
+        files |= own if alignment.files is None else alignment.files
+        warnings += [*notes, *more]
     template = choose_template(
-        recipe.chat_template, [read_template(model.checkpoint.companions.files) for model in naming.models]
+        recipe.chat_template, [read_template(model.checkpoint.companions.files) for model in models]
     )
-    everything = [one.checkpoint for one in (*naming.models, *naming.fishers)]
+    opened = [open_model(one.reference).checkpoint for one in (*naming.models, *naming.fishers)]
+    everything = list(dict.fromkeys([*opened, *(one.checkpoint for one in (*naming.models, *naming.fishers))]))
     steps = [one for one in everything if isinstance(one, LazyCheckpoint)]
     for step in steps:
         warnings += [f"step {step.name}: {warning}" for warning in step.warnings]
     card = model_card(
         to_yaml(recipe),
         methods=methods,
-        models=[model.reference for model in naming.models],
+        models=[model.reference for model in models],
         base=recipe.base_model,
         config=config,
     )
@@ -94,7 +106,7 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
         written=written,
         warnings=list(dict.fromkeys(warnings)),
         components=donor.components,
-        resized=maker.resizer.owners,
+        rearranged=rearranger.owners,
     )
 
 
@@ -118,24 +130,24 @@ def _opener(find: Callable[[str], Checkpoint]) -> Callable[[str], Model]:
 
 
 def _config(
-    recipe: Merge,
     naming: Naming,
-    maker: Maker,
+    donor: Checkpoint,
     tensors: Mapping[str, Any],
     written: Mapping[str, Any],
+    untied: Set[str],
     warnings: list[str],
 ) -> dict[str, Any]:
-    config = dict(naming.donor.checkpoint.config)
+    config = dict(donor.config)
     if not config:
         return config
-    architecture = analyse(naming.donor.checkpoint if naming.restacks else (), config)
+    architecture = analyse(donor if naming.restacks else (), config)
     for restack in naming.restacks:
         config, notes = configs.with_layers(config, restack.stack, restack.picked, architecture)
         warnings += notes
-    config, notes = configs.with_rows(config, token_tables(tensors, naming.donor.checkpoint, config))
+    config, notes = configs.with_rows(config, token_tables(tensors, donor, config))
     warnings += notes
     own_head = any(not configs.tied_embeddings(model.checkpoint.config) for model in naming.models)
-    if own_head and maker.untied & set(tensors) and configs.tied_embeddings(config):
+    if own_head and untied & set(tensors) and configs.tied_embeddings(config):
         config = configs.untie(config)
         warnings.append("the head is no longer tied to the embeddings, because one of the models unties it")
     floats = {dtype for dtype in written.values() if dtypes.is_float(dtype)}
@@ -143,30 +155,3 @@ def _config(
         weights = {d: sum(tensors[n].size for n, w in written.items() if w == d) for d in floats}
         config = configs.with_dtype(config, dtypes.name_of(max(weights, key=lambda dtype: weights[dtype])))
     return config
-
-
-def _tokenizer_of(recipe: Merge, naming: Naming) -> Model:
-    """Return the model whose tokenizer the result takes: the donor, or the one the recipe names."""
-    source = recipe.tokenizer_source
-    if recipe.tokenizer is not None:
-        source = recipe.tokenizer.source
-        if recipe.tokenizer.tokens or recipe.tokenizer.pad_to_multiple_of:
-            raise PlanError(
-                "tokenizer.tokens and tokenizer.pad_to_multiple_of rebuild embeddings token by token, which "
-                "this version does not do yet; take one model's tokenizer with tokenizer_source"
-            )
-    if source is None:
-        return naming.donor
-    if source == "union":
-        raise PlanError(
-            "tokenizer_source: union is not supported yet; take one model's tokenizer: base, or a model's name"
-        )
-    if source == "base":
-        if recipe.base_model is None:
-            raise PlanError("tokenizer_source: base needs a base_model")
-        return naming.donor
-    for model in naming.models:
-        if model.reference == source:
-            return model
-    names = ", ".join(model.reference for model in naming.models)
-    raise PlanError(f"tokenizer_source {source!r} is none of the models that are merged: {names}")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from weightsmith.checkpoint.checkpoint import Checkpoint
+from weightsmith.checkpoint.gathered import resized
 from weightsmith.checkpoint.recent import RECENT
-from weightsmith.checkpoint.resized import resized
 from weightsmith.checkpoint.tensor import Array, Tensor
 from weightsmith.engine.evaluate import Evaluator
 from weightsmith.engine.expression import Computed, computed_within
@@ -52,8 +52,8 @@ class Evaluated(Tensor):
         return stretch
 
 
-class Resizer:
-    """Brings tensors of the models of one merge to another number of rows.
+class Rearranger:
+    """Makes tensors of the models of one merge into others of other rows: longer, shorter, or in another order.
 
     Attributes:
         owners: id of a tensor that was made so -> name of the checkpoint that it is of.
@@ -62,6 +62,20 @@ class Resizer:
     def __init__(self) -> None:
         self.owners: dict[int, str] = {}
         self._statistics: dict[int, Any] = {}
+        self._evaluated: dict[int, Evaluated] = {}
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that is read by itself: that of a file as it is, that of a step computed."""
+        if not isinstance(tensor, Computed):
+            return tensor
+        if id(tensor) not in self._evaluated:
+            self._evaluated[id(tensor)] = Evaluated(tensor, self._statistics)
+        return self._evaluated[id(tensor)]
+
+    def own(self, made: Tensor, owner: Checkpoint) -> Tensor:
+        """Note whose a tensor is that was made of others, and return it."""
+        self.owners[id(made)] = owner.name
+        return made
 
     def with_rows(self, tensor: Tensor, rows: int, owner: Checkpoint) -> Tensor:
         """Return a tensor of a file, or of a step, with so many rows: its first, or all and zeros behind them.
@@ -71,6 +85,4 @@ class Resizer:
             rows: the length of the first axis.
             owner: the checkpoint that it is of.
         """
-        made = resized(Evaluated(tensor, self._statistics) if isinstance(tensor, Computed) else tensor, rows)
-        self.owners[id(made)] = owner.name
-        return made
+        return self.own(resized(self.read(tensor), rows), owner)

@@ -8,7 +8,7 @@ from weightsmith import dtypes
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.errors import MethodError, PlanError, did_you_mean
 from weightsmith.methods.registry import all_methods
-from weightsmith.plan.evaluated import Resizer
+from weightsmith.plan.evaluated import Rearranger
 from weightsmith.plan.slots import Contribution, Model, Slot
 from weightsmith.plan.ways import Way
 
@@ -16,8 +16,8 @@ from weightsmith.plan.ways import Way
 class Importances:
     """Finds the importances for the tensors of one merge, and collects what is wrong with them."""
 
-    def __init__(self, resizer: Resizer) -> None:
-        self._resizer = resizer
+    def __init__(self, rearranger: Rearranger) -> None:
+        self._rearranger = rearranger
         self._taken: set[tuple[Model, Model]] = set()
         self._methods: dict[str, str] = {}
         self._problems: list[tuple[Way, str]] = []
@@ -94,7 +94,7 @@ class Importances:
         elif not dtypes.is_float(tensor.dtype):
             self._problems.append((way, f"{about} has {name} as {dtypes.name_of(tensor.dtype)}, not as floats"))
         elif tensor.shape != shape:
-            return self._resizer.with_rows(tensor, shape[0], checkpoint)
+            return self._rearranger.with_rows(tensor, shape[0], checkpoint)
         return tensor
 
     def _idle(self, slot: Slot, model: Model, fisher: Model) -> MethodError:

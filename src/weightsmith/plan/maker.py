@@ -11,7 +11,7 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
 from weightsmith.errors import MethodError, PlanError
-from weightsmith.plan.evaluated import Resizer
+from weightsmith.plan.evaluated import Rearranger
 from weightsmith.plan.importances import Importances
 from weightsmith.plan.naming import Naming
 from weightsmith.plan.parameters import Resolver
@@ -28,10 +28,9 @@ class Maker:
     Attributes:
         warnings: what a person should know.
         untied: names of head tensors that some model ties to its embeddings and another does not.
-        resizer: made tensors longer or shorter, and knows whose they are.
     """
 
-    def __init__(self, recipe: Merge, ways: Ways) -> None:
+    def __init__(self, recipe: Merge, ways: Ways, rearranger: Rearranger) -> None:
         self._recipe = recipe
         self._ways = ways
         self._resolvers: dict[Way, Resolver] = {}
@@ -44,8 +43,8 @@ class Maker:
         self._left_out: list[str] = []
         self._taken: dict[str, list[str]] = {}
         self._lengthened: dict[tuple[str, int], list[str]] = {}
-        self.resizer = Resizer()
-        self._importances = Importances(self.resizer)
+        self._rearranger = rearranger
+        self._importances = Importances(rearranger)
         self.warnings: list[str] = []
         self.untied: set[str] = set()
 
@@ -165,7 +164,7 @@ class Maker:
                 fitted.append(tensor)
                 continue
             self._lengthened.setdefault((one.model.label, rows - tensor.shape[0]), []).append(slot.name)
-            fitted.append(self.resizer.with_rows(tensor, rows, one.model.checkpoint))
+            fitted.append(self._rearranger.with_rows(tensor, rows, one.model.checkpoint))
         return fitted
 
     def _carry(self, slot: Slot, one: Contribution) -> Tensor | None:

@@ -56,7 +56,7 @@ class LazyCheckpoint(Output):
         written: Mapping[str, DType],
         warnings: Sequence[str] = (),
         components: tuple[str, ...] = (),
-        resized: Mapping[int, str] | None = None,
+        rearranged: Mapping[int, str] | None = None,
     ) -> None:
         """Collect what a result is made of.
 
@@ -70,7 +70,7 @@ class LazyCheckpoint(Output):
             written: tensor name -> dtype in which it is written.
             warnings: what a person should know before saving it.
             components: see :class:`Checkpoint`.
-            resized: id of a tensor of an input that was made longer or shorter -> name of that input.
+            rearranged: id of a tensor of an input that was given other rows -> name of that input.
         """
         super().__init__(
             name,
@@ -83,7 +83,7 @@ class LazyCheckpoint(Output):
         )
         self.recipe = recipe
         self.beside = beside
-        self._resized = resized or {}
+        self._rearranged = rearranged or {}
 
     def to_yaml(self) -> str:
         """Return the recipe that makes this checkpoint."""
@@ -95,7 +95,7 @@ class LazyCheckpoint(Output):
 
     def owners(self) -> dict[int, str]:
         """See :meth:`Output.owners`."""
-        return dict(self._resized) | super().owners()
+        return dict(self._rearranged) | super().owners()
 
     def examine(self, finished: Container[str], threads: int) -> list[str]:
         """See :meth:`Output.examine`."""

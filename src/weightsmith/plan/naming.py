@@ -58,9 +58,7 @@ def name_slots(recipe: Merge, open_model: Open) -> Naming:
     Raises:
         PlanError: if layer ranges, modules or stacks do not fit the models.
     """
-    first = [recipe.base_model] if recipe.base_model else []
-    everything = (*first, *_references(recipe), *references(recipe))
-    models = tuple(dict.fromkeys(open_model(reference) for reference in everything))
+    models = open_models(recipe, open_model)
     donor = models[0]
     # Opened after all models: their short names, which random masks depend on, are as without these.
     importances = tuple(dict.fromkeys(open_model(reference) for reference in fishers(recipe)))
@@ -75,6 +73,18 @@ def name_slots(recipe: Merge, open_model: Open) -> Naming:
     else:
         slots = _name_models(part, recipe.models or (), base, open_model)
     return Naming(tuple(slots), donor, models, importances, tuple(restacks))
+
+
+def open_models(recipe: Merge, open_model: Open) -> tuple[Model, ...]:
+    """Return every model of a recipe once: the donor of config and carried tensors first, then in the recipe's order.
+
+    Args:
+        recipe: the recipe of one merge.
+        open_model: gives the model of a reference; the same object for the same reference.
+    """
+    first = [recipe.base_model] if recipe.base_model else []
+    everything = (*first, *_references(recipe), *references(recipe))
+    return tuple(dict.fromkeys(open_model(reference) for reference in everything))
 
 
 def _base(entry: Merge | Slice, open_model: Open) -> Participant | None:

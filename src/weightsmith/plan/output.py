@@ -15,6 +15,7 @@ from typing import Any
 from weightsmith import __version__, dtypes
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion
+from weightsmith.checkpoint.gathered import GatheredRows
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
 from weightsmith.checkpoint.manifest import MANIFEST_KEY, hash_texts
 from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
@@ -22,6 +23,7 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.backend import NUMPY, Backend, choose_backend
 from weightsmith.engine.executor import OnNonfinite, Summary, check_space, execute, nonfinite_of
+from weightsmith.engine.expression import stored_within
 from weightsmith.engine.journal import Journal
 from weightsmith.engine.memory import uncollected
 from weightsmith.engine.plan import Plan, Task
@@ -326,6 +328,10 @@ def _run_identity(plan: Plan, backend: Backend, contents: Mapping[str, str]) -> 
     for task in plan.tasks:
         place = plan.place(task)
         laid_out.update(repr((task.name, dtypes.name_of(task.dtype), task.shape, place.shard, place.offset)).encode())
+        # Tokenizers may have changed, which are no inputs: rows would be of both.
+        for part in stored_within(task.tensor):
+            if isinstance(part, GatheredRows):
+                laid_out.update(part.digest)
     identity = {
         "weightsmith version": __version__,
         "recipe": plan.recipe,

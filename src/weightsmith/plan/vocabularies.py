@@ -105,7 +105,7 @@ def _compare(models: Sequence[Model]) -> tuple[dict[Model, int], list[str]]:
         elif differing := sum(vocabulary.get(token, -1) != place for token, place in first.items()):
             warnings.append(
                 f"{model.reference} numbers {differing} of {owner}'s {len(first)} tokens differently or "
-                "lacks them; rows of embeddings are merged by number, not by token"
+                "lacks them; rows of embeddings are merged by number, not by token, which tokenizer_source would do"
             )
     return highest, warnings
 

@@ -239,14 +239,19 @@ def references(merge: Merge) -> Iterator[str]:
 
 def fishers(merge: Merge) -> Iterator[str]:
     """Yield the reference of every Fisher checkpoint of a merge, its base's first."""
-    if merge.base_fisher:
-        yield merge.base_fisher
+    yield from (fisher for fisher, _ in fishers_of_models(merge))
+
+
+def fishers_of_models(merge: Merge) -> Iterator[tuple[str, str]]:
+    """Yield every Fisher checkpoint of a merge, its base's first, with the model that it is about; by reference."""
+    if merge.base_fisher and merge.base_model:
+        yield merge.base_fisher, merge.base_model
     holders: list[Any] = [merge, *(merge.modules or {}).values()]
     for holder in holders:
         pieces = holder.slices or ()
-        yield from (piece.base_fisher for piece in pieces if piece.base_fisher)
+        yield from ((piece.base_fisher, piece.base_model) for piece in pieces if piece.base_fisher)
         sources = [source for piece in pieces for source in piece.sources]
-        yield from (entry.fisher for entry in (*(holder.models or ()), *sources) if entry.fisher)
+        yield from ((entry.fisher, entry.model) for entry in (*(holder.models or ()), *sources) if entry.fisher)
 
 
 def _check_steps(recipe: Recipe, origin: str) -> None:

@@ -181,22 +181,39 @@ class TokenSource(_Part):
     kind: Literal["model_token", "zero"] = Field(description="Another token's embedding, or zeros.")
     model: Reference | None = Field(None, description="The model of the other token.")
     token: str | None = Field(None, description="The other token's text.")
-    token_id: int | None = Field(None, description="The other token's number.")
+    token_id: int | None = Field(None, ge=0, description="The other token's number.")
+
+    @model_validator(mode="after")
+    def _names_a_token(self) -> TokenSource:
+        given = [self.model, self.token, self.token_id]
+        if self.kind == "zero" and any(one is not None for one in given):
+            raise ValueError("kind: zero takes no model and no token")
+        if self.kind == "model_token" and (self.model is None or (self.token is None) == (self.token_id is None)):
+            raise ValueError("kind: model_token needs model, and either token or token_id")
+        return self
 
 
 class TokenRule(_Part):
     """What to do with one token."""
 
-    source: TokenSource | Reference | None = Field(None, description="Where its embedding comes from.")
-    force: bool = Field(False, description="Whether this overrides models that have the token.")
+    source: TokenSource | Reference | None = Field(
+        None, description="Where models that lack the token take its embedding from: a model, another token, or zeros."
+    )
+    force: bool = Field(False, description="Whether models that have the token take it from there too.")
 
 
 class Tokenizer(_Part):
     """The output's tokenizer."""
 
-    source: Reference = Field("union", description="base, a model's reference, or union.")
-    tokens: dict[str, TokenRule] = Field(default_factory=dict, description="Rules for single tokens.")
-    pad_to_multiple_of: int | None = Field(None, ge=1, description="Round the vocabulary's size up to this.")
+    source: Reference = Field(
+        "union", description="base, a model's reference, or union: the base's tokenizer with the tokens of all models."
+    )
+    tokens: Annotated[dict[str, TokenRule], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=dict, description="Rules for single tokens, as the tokenizer spells them; new ones are added."
+    )
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, le=1 << 20, description="Round the number of rows up to a multiple of this."
+    )
 
 
 class Merge(_Part):
@@ -220,7 +237,9 @@ class Merge(_Part):
     )
     out_dtype: DTypeName | None = Field(None, description="The output's dtype, where dtype is given too.")
     tokenizer_source: Reference | None = Field(
-        None, description="Whose tokenizer the output takes: base, or a model's reference."
+        None,
+        description="Whose tokenizer the output takes: base, a model's reference, or union. All models' embeddings "
+        "are brought to its tokens first.",
     )
     tokenizer: Tokenizer | None = Field(None, description="The same with rules for single tokens.")
     chat_template: str | None = Field(
@@ -250,6 +269,13 @@ class Merge(_Part):
         if self.base_fisher is not None and self.base_model is None:
             raise ValueError("base_fisher needs the base_model whose weights it is about")
         return self
+
+    @property
+    def asked_tokenizer(self) -> Tokenizer | None:
+        """What ``tokenizer``, or ``tokenizer_source`` in its place, asks for; None where neither is given."""
+        if self.tokenizer is None and self.tokenizer_source is not None:
+            return Tokenizer.model_validate({"source": self.tokenizer_source})
+        return self.tokenizer
 
 
 class Recipe(Merge):

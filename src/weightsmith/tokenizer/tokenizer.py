@@ -213,10 +213,15 @@ def parse_tokenizer(text: bytes, where: str) -> dict[str, Any]:
         vocabulary = vocabulary_of(content)
         if any(not 0 <= number < MOST_TOKENS for number in vocabulary.values()):
             raise ValueError("a token has a number below 0 or above 67 million")
-        if not all(isinstance(entry["content"], str) for entry in content.get("added_tokens") or []):
-            raise TypeError("an added token's content is no text")
-        if not all(isinstance(content["model"].get(key) or "", str) for key in _AFFIXES):
+        model = content["model"]
+        if not all(isinstance(model.get(key) or "", str) for key in _AFFIXES):
             raise TypeError(f"{' or '.join(_AFFIXES)} is no text")
+        if not all(isinstance(entry["content"], str) for entry in content.get("added_tokens") or []):
+            raise TypeError("an added token is no text")
+        kind = model.get("type") or ("BPE" if "merges" in model else None)
+        form = (list, dict) if kind is None else (list,) if kind == "Unigram" else (dict,)
+        if model.get("vocab") and not isinstance(model["vocab"], form):
+            raise TypeError("Unigram's vocabulary is a list, and that of other kinds a mapping")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where} is not a tokenizer of the tokenizers library: {repr(error)[:200]}") from error
     assert isinstance(content, dict)
