@@ -11,9 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from hypothesis import settings
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 WriteModel = Callable[..., Path]
+
+# How long a case takes says more of the other work on a machine than of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def write_safetensors(path: Path, tensors: Arrays) -> None:

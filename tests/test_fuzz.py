@@ -27,7 +27,7 @@ def test_seeds_are_read_or_refused(name):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32))
 def test_changed_files_are_read_or_refused(name, seed):
     random = Random(seed)
@@ -38,7 +38,7 @@ def test_changed_files_are_read_or_refused(name, seed):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=300))
 def test_bytes_whatever_are_read_or_refused(name, content):
     TARGETS[name].run(content)

@@ -34,7 +34,7 @@ patterns = st.recursive(
 modules = st.text("ab.7_c", min_size=1, max_size=10)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.lists(patterns, min_size=1, max_size=4, unique=True), modules)
 def test_the_first_pattern_that_peft_would_match_is_taken(chosen, module):
     values = {pattern: number for number, pattern in enumerate(chosen)}

@@ -248,7 +248,7 @@ def magnitudes(seed: int, count: int, dtype: Any) -> Any:
 
 @each_level
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), count=st.sampled_from([0, 1, 15, 16, 17, 1024, 1041, 2500]), data=st.data())
 def test_patterns_in_a_range_are_found_and_those_above_counted(library, dtype, seed, count, data):
     values = magnitudes(seed, count, dtype)

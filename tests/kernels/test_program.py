@@ -87,7 +87,7 @@ def evaluated(expression: str, xp: Any, positions: Any, arrays: Any) -> Any:
 
 @each_level
 @pytest.mark.parametrize("columns", [None, 65])
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32 - 1), depth=st.integers(1, 4), wide=st.integers(0, 15))
 def test_a_program_gives_the_bits_that_numpy_gives(library, columns, seed, depth, wide):
     choose, rng = random.Random(seed), np.random.default_rng(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -44,7 +44,6 @@ def gather(parts: list[np.ndarray], low: int, high: int, limit: int = 10**9) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None)
 @given(data=st.data())
 def test_the_kth_largest_is_that_of_a_sort(dtype, data):
     bits = 8 * np.dtype(dtype).itemsize
@@ -55,7 +54,6 @@ def test_the_kth_largest_is_that_of_a_sort(dtype, data):
     assert kth_largest([values[:cut], values[cut:]], k) == np.sort(values)[::-1][k - 1]
 
 
-@settings(deadline=None)
 @given(
     values=hnp.arrays(np.float32, st.integers(1, 60), elements=st.sampled_from([0.0, 0.5, 1.0, 1.5, np.inf, np.nan])),
     data=st.data(),

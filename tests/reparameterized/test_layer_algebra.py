@@ -214,7 +214,7 @@ def test_a_border_is_why_chains_along_one_axis_are_refused():
     assert not torch.allclose(product, both)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     groups=st.sampled_from([1, 2, 4]),
     kernels=st.lists(st.sampled_from([(1, 1), (3, 3), (5, 3), (1, 5)]), min_size=1, max_size=4),

@@ -66,7 +66,7 @@ def check(arrays: dict[str, np.ndarray[Any, Any]], rules: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_blocks_with_a_few_tensors_changed(data):
     """Each tensor may be of another shape or dtype, gone, or a copy under the name of another block's."""
@@ -93,7 +93,7 @@ NAMES = sorted({name for block in BLOCKS for name in block.state_dict()})
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     tensors=st.dictionaries(st.sampled_from(NAMES), st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=12),
     prefix=st.sampled_from(["", "a.", "a.b.c.d.e.f.g."]),
