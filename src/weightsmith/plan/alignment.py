@@ -109,7 +109,8 @@ def align(recipe: Merge, open_model: Open, rearranger: Rearranger) -> Alignment 
     vocabularies = _vocabularies(models)
     source = _source(asked, recipe, models, vocabularies)
     base = open_model(recipe.base_model) if recipe.base_model else None
-    tokenizer, notes = source.tokenizer, list(source.tokenizer.notes)
+    tokenizer = source.tokenizer
+    notes = [f"the tokenizer of {source.model.reference} is {note}" for note in tokenizer.notes]
     if asked.source == "union":
         tokenizer, told = unite(tokenizer, [(one.tokenizer, one.rows) for one in vocabularies if one is not source])
         notes += told
