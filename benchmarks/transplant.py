@@ -86,13 +86,17 @@ def main() -> None:
     once = max(whole - each * arguments.targets, 0.0)
     plain = plain_step(rows[:anchors], rows[-min(256, arguments.targets) :], arguments.threads) * count
     print(f"{anchors:,} anchors x {arguments.width:,}, {count} each, {arguments.threads} threads")
-    print(f"rebuilt {arguments.targets:,} targets in {whole:.1f} s ({processor:.1f} s of processors), "
-          f"once {once:.1f} s, then {1 / each:,.1f} a second")
+    print(
+        f"rebuilt {arguments.targets:,} targets in {whole:.1f} s ({processor:.1f} s of processors), "
+        f"once {once:.1f} s, then {1 / each:,.1f} a second"
+    )
     print(f"residual: {np.median(found.residual):.4f} (median)")
     # The kernel counts in units of 1024 bytes. The rows themselves would be on disk.
     print(f"peak memory: {peak * 1024 / 1e9:.2f} GB, of which {made * 1024 / 1e9:.2f} were there before")
     print(f"{arguments.of:,} targets: {(once + each * arguments.of) / 60:.1f} minutes")
-    print(f"the plain way: {1 / plain:,.1f} a second, {plain * arguments.of / 60:.1f} minutes, {plain / each:.1f} times as long")
+    print(
+        f"the plain way: {1 / plain:,.1f} a second, {plain * arguments.of / 60:.1f} minutes, {plain / each:.1f} times"
+    )
 
 
 if __name__ == "__main__":

@@ -123,12 +123,12 @@ class Batch:
         self._base_norm = np.sqrt((targets.astype(np.float64) ** 2).sum(1))
         self._base_weights = np.zeros((count, most))
         self._lower, self._solved = np.zeros((count, most, most)), np.zeros((count, most))
-        arrays = (targets, base, self._base_norm, self._base_weights, self.picked, self.weights, self._lower)
-        arrays += (self._solved, self.steps, self.waiting, self.residual, self.left)
+        places = (targets, base, self._base_norm, self._base_weights, self.picked, self.weights, self._lower)
+        rest = (self._solved, self.steps, self.waiting, self.residual, self.left)
         self._job = _Job(
             *(array.ctypes.data for array in (atoms.rows, atoms.norms, atoms.gram, atoms.slots)),
             *(*atoms.rows.shape, most, _CROWD, atoms.product_error, atoms.cosine_error, _DONE, _LEAST, _DEPENDENT),
-            *(array.ctypes.data for array in arrays),
+            *(array.ctypes.data for array in (*places, *rest)),
         )
 
     def run(self, first: int, last: int) -> None:

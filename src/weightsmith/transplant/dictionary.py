@@ -8,7 +8,7 @@ depends neither on the BLAS nor on how many rows it was given.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,9 @@ class Dictionary:
         rows = np.empty((len(anchors), donor.shape[1]), np.float32)
         for start in range(0, len(anchors), _READ):
             rows[start : start + _READ] = donor.take(anchors[start : start + _READ])
-        exponent = _exponent(float(max(np.abs(rows[start : start + _READ]).max() for start in range(0, len(rows), _READ))))
+        exponent = _exponent(
+            float(max(np.abs(rows[start : start + _READ]).max() for start in range(0, len(rows), _READ)))
+        )
         if exponent:
             np.ldexp(rows, -exponent, out=rows)
         return cls(rows, norms_of(rows), exponent)
@@ -65,7 +67,7 @@ class Dictionary:
     @property
     def product_error(self) -> float:
         """Bound of the error of :meth:`products`, as a share of both norms: d roundings, in whatever order."""
-        return (self.rows.shape[1] + 4) * UNIT * 1.001
+        return float((self.rows.shape[1] + 4) * UNIT * 1.001)
 
     def scaled(self, vectors: Array) -> Array:
         """Return rows of the donor in the scale of these, ``[n, d]`` float32.
@@ -80,6 +82,21 @@ class Dictionary:
                 "the donor's embedding looks broken"
             )
         return scaled
+
+    def inner(self, numbers: Array, vector: Array) -> Array:
+        """Return inner products of a row with some anchors in float64: ``[n]``, each of which depends on no other."""
+        return self._each(numbers, lambda rows: (rows * vector.astype(np.float64)).sum(1))
+
+    def distances(self, numbers: Array, vector: Array) -> Array:
+        """Return distances of a row from some anchors in float64: ``[n]``, exactly 0 between equal rows."""
+        return self._each(numbers, lambda rows: np.sqrt(((rows - vector.astype(np.float64)) ** 2).sum(1)))
+
+    def _each(self, numbers: Array, measure: Callable[[Array], Array]) -> Array:
+        result = np.empty(len(numbers))
+        step = tile_rows(self.rows.shape[1])
+        for start in range(0, len(numbers), step):
+            result[start : start + step] = measure(self.rows[numbers[start : start + step]])
+        return result
 
     def products(self, vectors: Array, mapper: ThreadMapper) -> Array:
         """Return inner products of rows with all anchors: ``[n, S]`` float32, off by ``product_error`` at most.
@@ -111,17 +128,6 @@ def norms_of(rows: Array) -> Array:
     for start in range(0, len(rows), step):
         norms[start : start + step] = np.sqrt((rows[start : start + step].astype(np.float64) ** 2).sum(1))
     return norms
-
-
-def inner(rows: Array, vector: Array) -> Array:
-    """Return inner products in float64, each of which depends on its own row alone: ``[n]``.
-
-    Args:
-        rows: ``[n, d]`` float32.
-        vector: ``[d]``.
-    """
-    found: Array = (rows * vector.astype(np.float64)).sum(1)
-    return found
 
 
 def batches(

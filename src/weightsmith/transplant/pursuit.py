@@ -1,7 +1,8 @@
 """Orthogonal matching pursuit: each new row is rebuilt from a few anchors in the donor's space.
 
 Goddard and Fernandes Neto, "Training-Free Tokenizer Transplantation via Orthogonal Matching Pursuit" (2025),
-arXiv:2506.06607, after Pati, Rezaiifar and Krishnaprasad (1993). For a donor's row t and anchors ``d_s``, from ``r = t``:
+arXiv:2506.06607, after Pati, Rezaiifar and Krishnaprasad (1993). For a donor's row t and anchors ``d_s``, from
+``r = t``:
 
     pick the s that is not picked yet with the largest ``|<r, d_s>|``, where the ``d_s`` are not normalised;
     ``w = argmin ||t - sum_{s picked} w_s d_s||``;  ``r = t - sum_s w_s d_s``
@@ -37,6 +38,8 @@ ANCHORS = 64
 MEMORY = 7_000_000_000
 # Bytes that a batch of targets takes at most, how many they are at most, and rows of the Gram matrix made at once.
 _BATCH_BYTES, _BATCH, _PANEL = 400_000_000, 1024, 256
+# Columns of it that a thread makes at a time.
+_COLUMNS = 1024
 # Targets that a thread takes on at a time.
 _STRETCH = 4
 
@@ -101,11 +104,14 @@ def matching_pursuit(
 
 def _run(batch: Batch, gram: _Gram, dictionary: Dictionary, mapper: ThreadMapper) -> None:
     """Take all targets of a batch to their end."""
-    left = np.arange(len(batch.waiting))
+    count = len(batch.waiting)
+    left = np.arange(count)
+
+    def take_on(first: int) -> None:
+        batch.run(first, min(first + _STRETCH, count))
+
     while len(left):
-        starts = left[:: _STRETCH] if len(left) == len(batch.waiting) else left
-        step = _STRETCH if len(left) == len(batch.waiting) else 1
-        for _ in mapper(lambda first: batch.run(int(first), min(int(first) + step, len(batch.waiting))), starts):
+        for _ in mapper(take_on, (np.unique(left // _STRETCH) * _STRETCH).tolist()):
             pass
         left = np.flatnonzero(batch.waiting != DONE)
         wanted = batch.picked[left[batch.waiting[left] == WANTS_ROW]]
@@ -167,9 +173,10 @@ class _Gram:
         self._owner = np.full(slots, -1, np.int64)
         self._used = np.zeros(slots, np.int64)
         self._time = 0
+        norms = self.atoms.norms.astype(np.float64)
+        self._inverse = np.divide(1.0, norms, out=np.zeros(count), where=norms > 0)
         if slots == count:
-            # All of them will be wanted, and many at once are made faster than one after the other.
-            self.make(np.arange(count), np.arange(0))
+            self._make_all()
 
     def make(self, wanted: Array, pinned: Array) -> None:
         """Make rows.
@@ -191,18 +198,41 @@ class _Gram:
             self._fill(missing[start : start + _PANEL], places[start : start + _PANEL])
         slots[missing] = places
 
+    def _make_all(self) -> None:
+        """Make all rows, each pair of anchors once; on demand there would be few to make at a time, which is slower."""
+        count = len(self.atoms.slots)
+        self.atoms.slots[:] = self._owner[:] = np.arange(count)
+        for start in range(0, count, _PANEL):
+            rows = slice(start, min(start + _PANEL, count))
+
+            def fill(columns: slice, rows: slice = rows) -> None:
+                cosines = self._cosines(self.atoms.rows[rows], rows, columns)
+                self.atoms.gram[rows, columns] = cosines
+                self.atoms.gram[columns, rows] = cosines.T
+
+            for _ in self._mapper(fill, _slices(start, count)):
+                pass
+
     def _fill(self, numbers: Array, places: Array) -> None:
-        rows, norms = self._dictionary.rows, self.atoms.norms.astype(np.float64)
-        inverse = np.divide(1.0, norms, out=np.zeros(len(norms)), where=norms > 0)
-        scales, panel = (COSINE * inverse[numbers])[:, None], rows[numbers]
-        step = 1024
+        panel = self.atoms.rows[numbers]
 
-        def fill(start: int) -> None:
-            cosines = panel @ rows[start : start + step].T
-            cosines *= (scales * inverse[start : start + step]).astype(np.float32)
-            np.rint(cosines, out=cosines)
-            np.clip(cosines, -COSINE, COSINE, out=cosines)
-            self.atoms.gram[places, start : start + step] = cosines
+        def fill(columns: slice) -> None:
+            self.atoms.gram[places, columns] = self._cosines(panel, numbers, columns)
 
-        for _ in self._mapper(fill, range(0, len(rows), step)):
+        for _ in self._mapper(fill, _slices(0, len(self.atoms.slots))):
             pass
+
+    def _cosines(self, panel: Array, numbers: slice | Array, columns: slice) -> Array:
+        """Return cosines of some anchors, of these rows and numbers, with others, times ``COSINE``: int16."""
+        inverse = self._inverse
+        cosines = panel @ self.atoms.rows[columns].T
+        cosines *= (COSINE * inverse[numbers, None]).astype(np.float32)
+        cosines *= inverse[columns].astype(np.float32)
+        np.rint(cosines, out=cosines)
+        # Of two rows that are one, rounding may make a cosine above 1.
+        np.clip(cosines, -COSINE, COSINE, out=cosines)
+        return cosines.astype(np.int16)
+
+
+def _slices(start: int, stop: int) -> list[slice]:
+    return [slice(first, min(first + _COLUMNS, stop)) for first in range(start, stop, _COLUMNS)]

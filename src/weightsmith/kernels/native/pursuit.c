@@ -134,6 +134,7 @@ static int add(const job *w, int64_t t, int32_t atom) {
 /* What |<residual, atom>| is at most for every atom, and for the atoms of every tile; returns what it is at least for
  * the best of them. */
 static f32 estimate(const job *w, int64_t t, f32 *restrict upper, f32 *restrict tiles) {
+#pragma clang fp contract(fast)
     const int64_t k = w->most;
     const int32_t steps = w->steps[t];
     f32 scales[steps + 1];
