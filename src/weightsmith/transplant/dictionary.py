@@ -23,6 +23,9 @@ from weightsmith.transplant.rows import Rows
 
 # Columns of a product that a thread makes at a time, and rows that are read at a time.
 _COLUMNS, _READ = 1024, 1 << 12
+# Elements of rows that are summed by one product of matrices: without this the bound of the error is that of 4,096
+# roundings where rows are that long, and several times as many atoms must be told apart in float64.
+_SUMMED = 512
 # Norms whose products are far from the ends of float32's range, as powers of two.
 _RANGE = 40
 
@@ -66,8 +69,9 @@ class Dictionary:
 
     @property
     def product_error(self) -> float:
-        """Bound of the error of :meth:`products`, as a share of both norms: d roundings, in whatever order."""
-        return float((self.rows.shape[1] + 4) * UNIT * 1.001)
+        """Bound of the error of :meth:`products`, as a share of both norms: of every rounding, in whatever order."""
+        width = self.rows.shape[1]
+        return float((min(width, _SUMMED) + -(-width // _SUMMED) + 4) * UNIT * 1.001)
 
     def scaled(self, vectors: Array) -> Array:
         """Return rows of the donor in the scale of these, ``[n, d]`` float32.
@@ -108,7 +112,7 @@ class Dictionary:
         result = np.empty((len(vectors), len(self)), np.float32)
 
         def fill(start: int) -> None:
-            np.matmul(vectors, self.rows[start : start + _COLUMNS].T, out=result[:, start : start + _COLUMNS])
+            multiply(vectors, self.rows[start : start + _COLUMNS], result[:, start : start + _COLUMNS])
 
         for _ in mapper(fill, range(0, len(self), _COLUMNS)):
             pass
@@ -119,6 +123,19 @@ def _exponent(largest: float) -> int:
     """Return the power of two by which to divide, such that squares keep to the range of float32; 0 mostly."""
     power = math.frexp(largest)[1] if largest else 0
     return power if abs(power) > _RANGE else 0
+
+
+def multiply(left: Array, right: Array, out: Array) -> None:
+    """Make ``left right^T`` in float32, so many elements at a time that the bound of the error stays small.
+
+    Args:
+        left: ``[n, d]`` float32.
+        right: ``[m, d]`` float32.
+        out: ``[n, m]`` float32.
+    """
+    np.matmul(left[:, :_SUMMED], right[:, :_SUMMED].T, out=out)
+    for start in range(_SUMMED, left.shape[1], _SUMMED):
+        out += left[:, start : start + _SUMMED] @ right[:, start : start + _SUMMED].T
 
 
 def norms_of(rows: Array) -> Array:

@@ -28,7 +28,7 @@ from weightsmith.errors import MethodError
 from weightsmith.kernels import native
 from weightsmith.kernels.pursuit import COSINE, DONE, WANTS_BASE, WANTS_ROW, Atoms, Batch
 from weightsmith.transplant.combination import Combinations, Progress
-from weightsmith.transplant.dictionary import Dictionary, batches
+from weightsmith.transplant.dictionary import Dictionary, batches, multiply
 from weightsmith.transplant.nearest import nearest_of
 from weightsmith.transplant.rows import Rows
 
@@ -225,7 +225,8 @@ class _Gram:
     def _cosines(self, panel: Array, numbers: slice | Array, columns: slice) -> Array:
         """Return cosines of some anchors, of these rows and numbers, with others, times ``COSINE``: int16."""
         inverse = self._inverse
-        cosines = panel @ self.atoms.rows[columns].T
+        cosines = np.empty((len(panel), columns.stop - columns.start), np.float32)
+        multiply(panel, self.atoms.rows[columns], cosines)
         cosines *= (COSINE * inverse[numbers, None]).astype(np.float32)
         cosines *= inverse[columns].astype(np.float32)
         np.rint(cosines, out=cosines)
