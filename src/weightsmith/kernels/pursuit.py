@@ -162,6 +162,8 @@ class Batch:
         atoms, target, most = self._atoms, self._targets[t], self._most
         square = _dot(target, target)
         size = math.sqrt(square)
+        if size > 0 and self.steps[t] == 0 and self._alone(t, size):
+            return self._finish(t, size)
         while True:
             steps = int(self.steps[t])
             rest = square
@@ -191,6 +193,20 @@ class Batch:
                 return self._finish(t, size)
             self.base[t, best] = np.nan
             self._add(t, best)
+
+    def _alone(self, t: int, size: float) -> bool:
+        """Whether a target is a multiple of an atom, which then is all it takes: the first such atom."""
+        atoms = self._atoms
+        least = np.float32(size * (1 - 2 * atoms.product_error - 1e-6))
+        for atom in np.flatnonzero((np.abs(self.base[t]) >= least * atoms.norms) & (atoms.norms > 0)):
+            row = atoms.rows[atom]
+            self.picked[t, 0], self.weights[t, 0] = atom, _dot(self._targets[t], row) / _dot(row, row)
+            self.steps[t] = 1
+            self._make_residual(t)
+            if math.sqrt(_dot(self.residual[t], self.residual[t])) <= _DONE * size:
+                return True
+            self.picked[t, 0], self.weights[t, 0], self.steps[t] = -1, 0, 0
+        return False
 
     def _estimate(self, t: int, moved: Array) -> tuple[Array, Any]:
         """Return what each |<residual, atom>| is at most, and what the greatest is at least; NaN for atoms to leave."""

@@ -8,7 +8,9 @@ arXiv:2506.06607, after Pati, Rezaiifar and Krishnaprasad (1993). For a donor's 
     ``w = argmin ||t - sum_{s picked} w_s d_s||``;  ``r = t - sum_s w_s d_s``
 
 until k are picked. A target that is rebuilt before that, to the rounding of float32, is left with fewer; so is one of
-which no anchor has anything left. An anchor that lies in the span of those picked is passed over.
+which no anchor has anything left. An anchor that lies in the span of those picked is passed over. A target that is a
+multiple of an anchor, to the rounding of float32, takes that anchor alone: as they are not normalised, longer anchors
+would be picked before it, for nothing. These ends are ours; the authors' tool goes on to k.
 
 Plainly each pick takes the inner products of r with all S anchors anew, 2 S d operations. Here they follow from those
 with t and from rows of the Gram matrix of the anchors, ``<r, d_s> = <t, d_s> - sum_i w_i <d_i, d_s>`` (Batch-OMP:

@@ -216,12 +216,33 @@ static int finish(const job *w, int64_t t, f64 size) {
     return DONE;
 }
 
+/* Whether a target is a multiple of an atom, which then is all it takes: the first such atom. */
+static int alone(const job *w, int64_t t, f64 size) {
+    const int64_t d = w->width;
+    const f32 *base = w->base + t * w->count, *target = w->targets + t * d;
+    const f32 least = (f32)(size * (1 - 2 * w->product_error - 1e-6));
+    for (int64_t s = 0; s < w->count; s++) {
+        if (!(fabsf(base[s]) >= least * w->norms[s]) || w->norms[s] == 0) continue;
+        const f32 *atom = w->atoms + s * d;
+        w->picked[t * w->most] = (int32_t)s;
+        w->weights[t * w->most] = dot_f32(target, atom, d) / dot_f32(atom, atom, d);
+        w->steps[t] = 1;
+        make_residual(w, t);
+        if (norm(w->residual + t * d, d) <= w->done * size) return 1;
+        w->picked[t * w->most] = -1;
+        w->weights[t * w->most] = 0;
+        w->steps[t] = 0;
+    }
+    return 0;
+}
+
 /* Takes a target on as far as it goes; returns what it waits for. */
 static int pursue(const job *w, int64_t t, f32 *upper, f32 *tiles, int32_t *found) {
     const int64_t k = w->most, d = w->width;
     const f32 *target = w->targets + t * d;
     f64 *residual = w->residual + t * d;
     const f64 square = dot_f32(target, target, d), size = sqrt(square);
+    if (size > 0 && w->steps[t] == 0 && alone(w, t, size)) return finish(w, t, size);
     for (;;) {
         const int32_t steps = w->steps[t];
         f64 rest = square;
