@@ -25,6 +25,7 @@ typedef double f64;
 
 #define LANES 16 /* of sums that reach a result */
 #define TILE 1024
+#define COLUMNS 256
 #define COSINE 32767.0 /* a cosine of 1 in the Gram matrix */
 #define UNIT 0x1p-24   /* of the rounding of float32 */
 
@@ -89,13 +90,20 @@ static f64 norm(const f64 *a, int64_t n) {
 
 /* The target less what is picked of it. */
 static void make_residual(const job *w, int64_t t) {
-    f64 *restrict residual = w->residual + t * w->width;
-    const f32 *target = w->targets + t * w->width;
-    for (int64_t c = 0; c < w->width; c++) residual[c] = target[c];
-    for (int32_t i = 0; i < w->steps[t]; i++) {
-        const f64 weight = w->weights[t * w->most + i];
-        const f32 *restrict atom = w->atoms + w->picked[t * w->most + i] * w->width;
-        for (int64_t c = 0; c < w->width; c++) residual[c] -= weight * (f64)atom[c];
+    const int64_t d = w->width;
+    const int32_t steps = w->steps[t], *picked = w->picked + t * w->most;
+    const f64 *weights = w->weights + t * w->most;
+    for (int64_t from = 0; from < d; from += COLUMNS) {
+        const int64_t n = d - from < COLUMNS ? d - from : COLUMNS;
+        const f32 *target = w->targets + t * d + from;
+        f64 part[COLUMNS];
+        for (int64_t c = 0; c < n; c++) part[c] = target[c];
+        for (int32_t i = 0; i < steps; i++) {
+            const f64 weight = weights[i];
+            const f32 *atom = w->atoms + picked[i] * d + from;
+            for (int64_t c = 0; c < n; c++) part[c] -= weight * (f64)atom[c];
+        }
+        memcpy(w->residual + t * d + from, part, (size_t)n * sizeof *part);
     }
 }
 
