@@ -39,15 +39,20 @@ def make_rows(count: int, width: int, seed: int = 0) -> Array:
     return rows
 
 
-def plain_step(rows: Array, targets: Array, threads: int) -> float:
+def clocks() -> Array:
+    """Return seconds by the clock and of all processors: ``[2]``."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def plain_step(rows: Array, targets: Array, threads: int) -> Array:
     """Return the seconds that one pick takes for every target, the plain way."""
     with ThreadMapper(threads, matrices=True) as mapper:
         dictionary = Dictionary(rows, np.ones(len(rows)), 0)
-        started = time.perf_counter()
+        started = clocks()
         products = dictionary.products(targets, mapper)
         for _ in mapper(lambda row: int(np.abs(row).argmax()), products):
             pass
-        return (time.perf_counter() - started) / len(targets)
+        return (clocks() - started) / len(targets)
 
 
 def main() -> None:
@@ -65,8 +70,7 @@ def main() -> None:
     anchors, count = arguments.anchors, arguments.count
     rows = make_rows(anchors + arguments.targets, arguments.width)
     made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    done: list[tuple[float, int]] = [(time.perf_counter(), 0)]
-    processor = time.process_time()
+    done = [(clocks(), 0)]
     found = matching_pursuit(
         Rows(rows),
         np.arange(anchors),
@@ -75,28 +79,29 @@ def main() -> None:
         nearest=arguments.nearest,
         memory=int(arguments.memory * 1e9),
         threads=arguments.threads,
-        progress=lambda n: done.append((time.perf_counter(), done[-1][1] + n)),
+        progress=lambda n: done.append((clocks(), done[-1][1] + n)),
     )
-    processor = time.process_time() - processor
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    whole = done[-1][0] - done[0][0]
-    # Several batches: the first one pays for what is done once.
+    # Of several batches the first one pays for what is done once.
     steady = done[1] if len(done) > 2 else done[0]
     each = (done[-1][0] - steady[0]) / (done[-1][1] - steady[1])
-    once = max(whole - each * arguments.targets, 0.0)
+    once = np.maximum(done[-1][0] - done[0][0] - each * arguments.targets, 0)
     plain = plain_step(rows[:anchors], rows[-min(256, arguments.targets) :], arguments.threads) * count
     print(f"{anchors:,} anchors x {arguments.width:,}, {count} each, {arguments.threads} threads")
-    print(
-        f"rebuilt {arguments.targets:,} targets in {whole:.1f} s ({processor:.1f} s of processors), "
-        f"once {once:.1f} s, then {1 / each:,.1f} a second"
-    )
-    print(f"residual: {np.median(found.residual):.4f} (median)")
+    print(f"residual: {np.median(found.residual):.4f} (median of {arguments.targets:,} targets)")
     # The kernel counts in units of 1024 bytes. The rows themselves would be on disk.
     print(f"peak memory: {peak * 1024 / 1e9:.2f} GB, of which {made * 1024 / 1e9:.2f} were there before")
-    print(f"{arguments.of:,} targets: {(once + each * arguments.of) / 60:.1f} minutes")
-    print(
-        f"the plain way: {1 / plain:,.1f} a second, {plain * arguments.of / 60:.1f} minutes, {plain / each:.1f} times"
-    )
+    # On a machine that has nothing else to do both say the same, unless threads wait for each other.
+    for place, name, share in (
+        (0, "by the clock", 1),
+        (1, "by processors, shared among the threads", arguments.threads),
+    ):
+        first, rate, slow = once[place] / share, share / each[place], share / plain[place]
+        ours, theirs = (first + arguments.of / rate) / 60, arguments.of / slow / 60
+        print(
+            f"{name}: once {first:.1f} s, then {rate:,.1f} targets a second: {arguments.of:,} in {ours:.1f} minutes; "
+            f"the plain way {slow:,.1f} a second, {theirs:.1f} minutes, {theirs / ours:.1f} times as long"
+        )
 
 
 if __name__ == "__main__":

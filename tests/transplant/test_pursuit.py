@@ -299,7 +299,6 @@ def test_neither_threads_nor_batches_nor_memory_change_a_bit(monkeypatch):
     least = rows[:1150].nbytes + 12 * 4 * 1150 + 11 * (8 * 1150 + 12 * 24 + 8 * 7 * 11) + 40 * 2 * 1150
     assert_same(whole, pursue(rows, 1150, 7, threads=1, memory=least))
     assert len(made) > len(set(made)), "no row was made twice: this tests nothing"
-    assert max(len(np.unique(one.anchors)) for one in [whole]) > 40
 
 
 @pytest.mark.usefixtures("kernels")

@@ -20,6 +20,13 @@
 #define EXPORT __attribute__((visibility("default")))
 #define OF_LEVEL(name) PASTE(name, WS_LEVEL)
 
+/* Where a bound of the error stands beside them, products and sums may be rounded once. */
+#ifdef __clang__
+#define CONTRACT _Pragma("clang fp contract(fast)")
+#else
+#define CONTRACT
+#endif
+
 typedef float f32;
 typedef double f64;
 
@@ -142,7 +149,7 @@ static int add(const job *w, int64_t t, int32_t atom) {
 /* What |<residual, atom>| is at most for every atom, and for the atoms of every tile; returns what it is at least for
  * the best of them. */
 static f32 estimate(const job *w, int64_t t, f32 *restrict upper, f32 *restrict tiles) {
-#pragma clang fp contract(fast)
+    CONTRACT
     const int64_t k = w->most;
     const int32_t steps = w->steps[t];
     f32 scales[steps + 1];
