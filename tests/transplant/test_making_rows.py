@@ -82,6 +82,11 @@ def test_what_has_not_two_axes_is_an_error():
         Rows(ArrayTensor("embed", np.zeros(5, np.float32)))
 
 
+def test_whole_numbers_are_no_rows_to_compute_with():
+    with pytest.raises(CheckpointError, match="embed: expected rows of floating-point numbers, found int8"):
+        Rows(ArrayTensor("embed", np.zeros((5, 3), np.int8)))
+
+
 def test_no_rows_are_no_rows():
     assert Rows(rows_of()).take(np.empty(0, np.int64)).shape == (0, 24)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from weightsmith import dtypes
 from weightsmith.checkpoint.tensor import Array, ArrayTensor, Tensor
 from weightsmith.errors import CheckpointError
 from weightsmith.kernels.convert import narrow, widen
@@ -27,11 +28,17 @@ class Rows:
             tensor: ``[V, d]`` of any floating dtype; or an array, for what was made in Python.
 
         Raises:
-            CheckpointError: if it has not two axes.
+            CheckpointError: if it has not two axes, or holds no floating-point numbers.
         """
         self._tensor = tensor if isinstance(tensor, Tensor) else ArrayTensor("an array", tensor)
         if len(self._tensor.shape) != 2:
             raise CheckpointError(f"{self._tensor.name}: expected rows of tokens, [V, d]; found {self._tensor.shape}")
+        if not dtypes.is_float(self._tensor.dtype):
+            found = dtypes.name_of(self._tensor.dtype)
+            raise CheckpointError(
+                f"{self._tensor.name}: expected rows of floating-point numbers, found {found}; give a quantised "
+                "embedding in the dtype that its model computes in"
+            )
         self.shape: tuple[int, int] = (self._tensor.shape[0], self._tensor.shape[1])
 
     def take(self, numbers: Array) -> Array:
