@@ -1,4 +1,4 @@
-"""The compiled part: one shared library, built from ``machine.c`` for several levels of the instruction set.
+"""The compiled part: one shared library, built from ``machine.c`` and ``pursuit.c`` for several instruction sets.
 
 It is plain C behind ctypes, which lets go of the interpreter's lock during a call, needs no headers of any Python,
 and costs nothing at start-up. Where it was not built, everything runs on NumPy, slower.
@@ -27,11 +27,13 @@ class Library:
         level: 0 for the baseline of the processor's family; on x86-64 also 3 (AVX2) and 4 (AVX-512).
         operations: name of an operation -> its number.
         run: see ``ws_run`` in ``machine.c``.
+        pursue: see ``ws_pursue`` in ``pursuit.c``.
     """
 
     level: int
     operations: Mapping[str, int] = field(repr=False)
     run: Callable[..., int] = field(repr=False)
+    pursue: Callable[..., int] = field(repr=False)
 
 
 @cache
@@ -76,4 +78,6 @@ def _of_level(loaded: Any, level: int) -> Library:
         *(address, number, number, number, number, number, number, address, address),
         *(address, number, address, number, address, number, number),
     ]
-    return Library(level, operations, run)
+    pursue = loaded[f"ws_pursue_{level}"]
+    pursue.restype, pursue.argtypes = ctypes.c_int, [address, number, number]
+    return Library(level, operations, run, pursue)
