@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from weightsmith.architecture.vocabulary import vocabulary_tensors
 from weightsmith.checkpoint.checkpoint import File
 from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion
-from weightsmith.checkpoint.gathered import MEAN, ZERO
+from weightsmith.checkpoint.gathered import MEAN, ZERO, Numbers
 from weightsmith.checkpoint.json_text import parse_object
 from weightsmith.errors import PlanError, did_you_mean
 from weightsmith.plan.aligner import Aligner
@@ -82,8 +83,13 @@ class Alignment:
     ) -> tuple[dict[str, Any], list[str]]:
         if not content or self.donor is None:
             return dict(content), []
-        moved = match(self.donor, self.tokenizer)
-        return with_ids(content, self.donor, self.tokenizer, moved, other=other, name=name)
+        return with_ids(content, self.donor, self.tokenizer, self._moved, other=other, name=name)
+
+    @cached_property
+    def _moved(self) -> Numbers:
+        """Per number in the donor's config the result's number, -1 where there is none: ``[n]``, int64."""
+        assert self.donor is not None, "the donor's numbers are the result's"
+        return match(self.donor, self.tokenizer)
 
 
 def align(recipe: Merge, open_model: Open, rearranger: Rearranger) -> Alignment | None:
