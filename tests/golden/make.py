@@ -180,7 +180,8 @@ entries, and all of {frozen} of `c`, equal the base; `x` and `y`, independent mo
 `cases/NAME.yaml` is a recipe, `cases/NAME.safetensors` what mergekit made of it on the CPU, in the dtype
 that it wrote, and `cases/NAME.error.txt` its message where it refused, or ours where its numbers are not
 finite. `random/` holds recipes with random masks, of which only statistics can be compared
-(`random/statistics.json`, explained in `make.py`).
+(`random/statistics.json`, explained in `make.py`). `tokenizers/` holds models of
+different vocabularies and recipes with `tokenizer` (`make_tokenizers.py`).
 
 Made with {versions}. To make them again:
 

@@ -12,6 +12,7 @@ import pytest
 import weightsmith as ws
 from conftest import llama_tensors, read_safetensors, write_safetensors
 from weightsmith.checkpoint.staging import Staging
+from weightsmith.cli.main import main
 from weightsmith.errors import OutputError, PlanError, RecipeError
 from weightsmith.methods import registry
 
@@ -504,3 +505,27 @@ def test_biases_and_tables_under_several_names(models, write_model):
             expected = np.array([np.mean(having, axis=0) for having in rows])
             found = merged[table].numpy().reshape(8, -1)
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, err_msg=table)
+
+
+def test_tables_of_another_length_are_refused_rather_than_left_in_the_old_order(models, write_model):
+    a, b = models.add("a", A), models.add("b", B)
+    arrays = {**models.arrays["b"], HEAD: np.zeros((9, 8), np.float32)}
+    write_safetensors(Path(b) / "model.safetensors", arrays)
+    with pytest.raises(PlanError, match=r"has lm_head.weight as \[9, 8\], and other tables of tokens with 7 rows"):
+        ws.merge("linear", [a, b], weight=0.5, tokenizer_source="union")
+
+
+def test_a_config_that_counts_other_rows_does_not_hide_the_tables(models):
+    a, b = models.add("a", A), models.add("b", B, vocab_size=99)
+    merged = ws.merge("linear", [a, b], weight=0.5, tokenizer_source="union")
+    expected = plainly(models, HEAD, [*A, "x", "y"], "ab")
+    np.testing.assert_allclose(merged[HEAD].numpy(), (expected["a"] + expected["b"]) / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_the_same_by_flags(models, tmp_path):
+    a, b = models.add("a", A), models.add("b", B)
+    flags = ["merge", "--method", "slerp", "--base", a, "--model", b, "-p", "t=0.5", "--tokenizer-source", "union"]
+    with pytest.raises(SystemExit) as end:
+        main([*flags, str(tmp_path / "out"), "--quiet"])
+    assert end.value.code == 0
+    assert read_safetensors(tmp_path / "out")[HEAD].shape == (8, 8)

@@ -51,6 +51,11 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, help="The seed of random methods."),
         click.option("--compat", type=click.Choice(["mergekit"]), help="Restore that tool's numbers."),
         click.option(
+            "--tokenizer-source",
+            metavar="MODEL",
+            help="Whose tokenizer the output takes: base, a model, or union; all models are brought to its tokens.",
+        ),
+        click.option(
             "--plugin",
             "plugins",
             metavar="FILE.py",
@@ -149,6 +154,7 @@ def read_recipe(
     out_dtype: str | None,
     seed: int | None,
     compat: str | None,
+    tokenizer_source: str | None,
     plugins: Sequence[str],
 ) -> Recipe:
     """Return the recipe of a file, or the one that flags describe."""
@@ -156,8 +162,14 @@ def read_recipe(
 
     for plugin in plugins:
         load_plugin(plugin)
-    changes = {"dtype": dtype, "out_dtype": out_dtype, "seed": seed, "compat": compat}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    given_settings = {
+        "dtype": dtype,
+        "out_dtype": out_dtype,
+        "seed": seed,
+        "compat": compat,
+        "tokenizer_source": tokenizer_source,
+    }
+    changes = {key: value for key, value in given_settings.items() if value is not None}
     if path is not None:
         if any((method, base, models, onto, parameters, rules, fishers, base_fisher)):
             raise click.UsageError(

@@ -8,7 +8,8 @@ import numpy as np
 
 from weightsmith import dtypes
 from weightsmith.architecture.config import alias_source, is_head, tied_embeddings, tied_source
-from weightsmith.architecture.vocabulary import is_head_bias
+from weightsmith.architecture.stacks import role
+from weightsmith.architecture.vocabulary import is_head_bias, is_position_table
 from weightsmith.checkpoint.checkpoint import Checkpoint
 from weightsmith.checkpoint.gathered import AVERAGE, MEAN, ZERO, Origins, gathered
 from weightsmith.checkpoint.tensor import ArrayTensor, Tensor
@@ -35,12 +36,18 @@ class Aligner:
             rows: where their rows come from.
             padded: how many rows the result has; those behind ``rows`` are means of all rows before them.
             rearranger: makes the tensors.
+
+        Raises:
+            PlanError: if a model has tables of tokens of several lengths.
         """
         self.untied: set[str] = set()
         self._vocabularies = vocabularies
         self._rows = rows
         self._padded = padded
         self._rearranger = rearranger
+        for number, vocabulary in enumerate(vocabularies):
+            if not self._unchanged(number):
+                _check_lengths(vocabulary)
 
     def view(self, number: int) -> Model | None:
         """Return a model with rows in the result's order; None if it has them so."""
@@ -166,6 +173,19 @@ class Aligner:
             raise PlanError(
                 f"{name} of {reference} is {dtypes.name_of(own.dtype)}, of which no means are formed: merge the model "
                 "it was made from"
+            )
+
+
+def _check_lengths(vocabulary: Vocabulary) -> None:
+    """Refuse tables of tokens of another length than the rest: they would keep the old order."""
+    for name, tensor in vocabulary.model.checkpoint.items():
+        shape = tensor.shape
+        table = is_head(name) or (role(name) == "embedding" and not is_position_table(name))
+        if table and name not in vocabulary.tables and len(shape) == 2 and shape[0] >= vocabulary.tokenizer.size:
+            raise PlanError(
+                f"{vocabulary.model.reference} has {name} as {list(shape)}, and other tables of tokens with "
+                f"{vocabulary.rows} rows: which token each row is for is not known, so that it cannot be given another "
+                "tokenizer; give the result this model's (tokenizer_source), or bring its tables to one length"
             )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from weightsmith.architecture.vocabulary import vocabulary_tensors
 from weightsmith.checkpoint.checkpoint import File
 from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion
-from weightsmith.checkpoint.gathered import MEAN, ZERO
+from weightsmith.checkpoint.gathered import MEAN, ZERO, Numbers
 from weightsmith.checkpoint.json_text import parse_object
 from weightsmith.errors import PlanError, did_you_mean
 from weightsmith.plan.aligner import Aligner
@@ -82,8 +83,13 @@ class Alignment:
     ) -> tuple[dict[str, Any], list[str]]:
         if not content or self.donor is None:
             return dict(content), []
-        moved = match(self.donor, self.tokenizer)
-        return with_ids(content, self.donor, self.tokenizer, moved, other=other, name=name)
+        return with_ids(content, self.donor, self.tokenizer, self._moved, other=other, name=name)
+
+    @cached_property
+    def _moved(self) -> Numbers:
+        """Per number in the donor's config the result's number, -1 where there is none: ``[n]``, int64."""
+        assert self.donor is not None, "the donor's numbers are the result's"
+        return match(self.donor, self.tokenizer)
 
 
 def align(recipe: Merge, open_model: Open, rearranger: Rearranger) -> Alignment | None:
@@ -112,7 +118,8 @@ def align(recipe: Merge, open_model: Open, rearranger: Rearranger) -> Alignment 
     tokenizer = source.tokenizer
     notes = [f"the tokenizer of {source.model.reference} is {note}" for note in tokenizer.notes]
     if asked.source == "union":
-        tokenizer, told = unite(tokenizer, [(one.tokenizer, one.rows) for one in vocabularies if one is not source])
+        others = [one for one in vocabularies if one.tokenizer is not tokenizer]
+        tokenizer, told = unite(tokenizer, [(one.tokenizer, one.rows) for one in others])
         notes += told
     tokenizer = with_tokens(tokenizer, list(asked.tokens))
     multiple = asked.pad_to_multiple_of
@@ -157,8 +164,10 @@ def _vocabularies(models: Sequence[Model]) -> list[Vocabulary]:
         tokenizer = _tokenizer(model, known)
         checkpoint = model.checkpoint
         size = 0 if tokenizer is None else tokenizer.size
-        # A config may be older than embeddings that were made longer.
-        tables = vocabulary_tensors(checkpoint, checkpoint.config, size) or vocabulary_tensors(checkpoint, {}, size)
+        tables = vocabulary_tensors(checkpoint, checkpoint.config, size)
+        if tokenizer is not None and not tables:
+            # A config may be older than embeddings that were made longer; or the tokenizer longer than they are.
+            tables = vocabulary_tensors(checkpoint, {}, size) or vocabulary_tensors(checkpoint, {}, 1)
         if not tables:
             continue
         if tokenizer is None:
@@ -229,30 +238,27 @@ def _statistics(
     tokenizer: Tokenizer, source: Vocabulary, vocabularies: Sequence[Vocabulary], rows: TokenRows, padded: int
 ) -> list[str]:
     """Say how many tokens the models share, and what they take from each other."""
-    count: Callable[[Any], int] = lambda flags: int(np.count_nonzero(flags))  # noqa: E731
     tokens = np.fromiter(tokenizer.tokens, np.int64, len(tokenizer.tokens))
     present = rows.own[:, tokens] >= 0
     if padded == len(rows.source) and all(rows.unchanged(one, number) for number, one in enumerate(vocabularies)):
         return []
     added = len(tokens) - len(source.tokenizer.tokens)
-    own = f"{len(source.tokenizer.tokens)} of {source.model.reference}" + (f" and {added} more" if added else "")
-    text = f"vocabulary: {len(tokens)} tokens ({own}), of which all models have {count(present.all(0))}"
+    first = f"{len(source.tokenizer.tokens)} of {source.model.reference}" + (f" and {added} more" if added else "")
+    text = f"vocabulary: {len(tokens)} tokens ({first}), of which all models have {np.count_nonzero(present.all(0))}"
     if padded > len(tokens):
         text += f", in {padded} rows"
     notes = [text]
     taken, forced = rows.source[tokens], rows.forced[tokens]
     for number, one in enumerate(vocabularies):
         lacking = ~present[number] | forced
-        parts = [
-            f"{found} from {other.model.reference}"
-            for place, other in enumerate(vocabularies)
-            if (found := count(lacking & (taken == place)))
-        ]
-        parts += [f"{found} as means"] if (found := count(lacking & (taken == MEAN))) else []
-        parts += [f"{found} as zeros"] if (found := count(lacking & (taken == ZERO))) else []
+        names = {place: f"from {other.model.reference}" for place, other in enumerate(vocabularies)}
+        names |= {MEAN: "as means", ZERO: "as zeros"}
+        counts = {kind: np.count_nonzero(lacking & (taken == kind)) for kind in names}
+        parts = [f"{found} {names[kind]}" for kind, found in counts.items() if found]
         if parts:
-            notes.append(f"{one.model.reference} has {count(~lacking)} of them, and takes {', '.join(parts)}")
-        left = one.tokenizer.size and len(one.tokenizer.tokens) - count(present[number])
+            own = np.count_nonzero(~lacking)
+            notes.append(f"{one.model.reference} has {own} of them, and takes {', '.join(parts)}")
+        left = len(one.tokenizer.tokens) - np.count_nonzero(present[number])
         if left > 0:
             notes.append(f"{left} tokens of {one.model.reference} are none of the result's")
     return notes
