@@ -13,7 +13,7 @@ import numpy.typing as npt
 from weightsmith.tokenizer.tokenizer import ROLES, Tokenizer
 
 # One number, or a list of them.
-_ID = re.compile(r"^(?!codec_|codebook_|t2u_)\w*(token_ids?|token_index)$|^(begin_)?suppress_tokens$|^forced_bos_id$")
+_ID = re.compile(r"^(?!codec_|codebook_|t2u_)\w*(token_ids?|token_index)$|^(begin_)?suppress_tokens$")
 # Lists of words, each a list of numbers.
 _WORDS = frozenset({"bad_words_ids", "force_words_ids"})
 # What a language or a task is called -> its number.
