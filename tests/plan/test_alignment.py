@@ -529,3 +529,39 @@ def test_the_same_by_flags(models, tmp_path):
         main([*flags, str(tmp_path / "out"), "--quiet"])
     assert end.value.code == 0
     assert read_safetensors(tmp_path / "out")[HEAD].shape == (8, 8)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_vocabularies_drawn_at_random(models, seed):
+    """Two to four models, some tied, some with rows to spare; with and without a base; any tokenizer; padded."""
+    random = np.random.default_rng(seed)
+    names = "abcd"[: random.integers(2, 5)]
+    for name in names:
+        tokens = ["<s>", "</s>", *(f"t{number}" for number in random.permutation(40)[: random.integers(3, 30)])]
+        rows = len(tokens) + int(random.choice([0, 5]))
+        models.add(name, random.permutation(tokens).tolist(), rows=rows, tied=bool(random.random() < 0.3))
+    paths, weights = [models.paths[name] for name in names], random.random(len(names)).round(2) + 0.1
+    base = "a" if seed % 2 else None
+    source = str(random.choice(["union", paths[-1], *(["base"] if base else [])]))
+    multiple = int(random.choice([1, 8, 64]))
+    asked = {"source": source, "pad_to_multiple_of": multiple}
+    if base:
+        merged = ws.merge("task_arithmetic", paths[1:], paths[0], weight=weights[1:].tolist(), tokenizer=asked)
+    else:
+        merged = ws.merge("linear", paths, weight=weights.tolist(), normalize=False, tokenizer=asked)
+    file = merged.companions.files["tokenizer.json"]
+    content = json.loads(file if isinstance(file, bytes) else file.read_bytes())
+    order = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    rows = -(-len(order) // multiple) * multiple
+    assert merged.config["vocab_size"] == rows
+    for table in TABLES:
+        if table not in merged:
+            assert not any(HEAD in models.arrays[name] for name in names)
+            continue
+        aligned = plainly(models, table, order, names, base=base, rows=rows)
+        parts = [aligned[name] for name in names]
+        if base:
+            expected = parts[0] + sum(w * (part - parts[0]) for w, part in zip(weights[1:], parts[1:], strict=True))
+        else:
+            expected = sum(w * part for w, part in zip(weights, parts, strict=True))
+        np.testing.assert_allclose(merged[table].numpy(), expected, rtol=1e-5, atol=2e-6)

@@ -13,7 +13,7 @@ from weightsmith.tokenizer.tokenizer import Tokenizer
 
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
-# Before a token of one kind is a token of another: letters of bytes, spaces, and what goes on within a word.
+# What tokens of some tokenizers begin or end with, to tell where a word goes on or ends.
 _SPELLING = ("continuing_subword_prefix", "end_of_word_suffix")
 _SHOWN = 4
 
