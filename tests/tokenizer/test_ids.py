@@ -102,3 +102,11 @@ def test_forms_of_other_programs_stay():
         "suppress_tokens": [1.5],
     }
     assert mapped(content) == (content, [])
+
+
+def test_a_token_of_two_roles_becomes_the_token_of_each():
+    before = tokenizer(["a", "<end>"], ["<end>"], bos_token="<end>", eos_token="<end>")
+    after = tokenizer(["</s>", "<s>", "a"], ["</s>", "<s>"], bos_token="<s>", eos_token="</s>")
+    given = {"bos_token_id": 1, "eos_token_id": [1], "pad_token_id": 1}
+    found, _ = with_ids(given, before, after, match(before, after))
+    assert found == {"bos_token_id": 1, "eos_token_id": [0], "pad_token_id": 0}

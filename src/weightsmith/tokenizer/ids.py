@@ -67,6 +67,17 @@ class _Ids:
         found = int(self._moved[number]) if number < len(self._moved) else -1
         return None if found < 0 else found
 
+    def under(self, key: str, number: int) -> int | None:
+        """Return a token's number now, under a key of a config; one token may have several roles, and their tokens be
+        several elsewhere.
+        """
+        found = self.of(number)
+        token = self.before.tokens.get(number)
+        if found is None or token is None or self.before.roles.get(key.removesuffix("_id")) != token:
+            return found
+        now = _by_role(key, self)
+        return found if now is None else now
+
     def dropped(self, key: str, number: Any) -> None:
         """Note what was dropped."""
         token = self.before.tokens.get(number) if type(number) is int else None
@@ -111,7 +122,7 @@ def _value(key: str, value: Any, theirs: Any, ids: _Ids) -> Any:
     if isinstance(value, list) and all(type(number) is int for number in value):
         kept = []
         for number in value:
-            now = ids.of(number)
+            now = ids.under(key, number)
             if now is None:
                 ids.dropped(key, number)
             elif now not in kept:
@@ -123,7 +134,7 @@ def _value(key: str, value: Any, theirs: Any, ids: _Ids) -> Any:
 
 
 def _one(key: str, number: int, theirs: Any, ids: _Ids) -> Any:
-    now = ids.of(number)
+    now = ids.under(key, number)
     if now is not None:
         return now
     if _fits(theirs, ids.after):
