@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +16,8 @@ import weightsmith as ws
 from conftest import llama_tensors, read_safetensors, write_safetensors
 from faults import Fault
 from tiny_models import llama, read, renumbered
-from weightsmith.errors import CheckpointError, MethodError, OutputError, PlanError, RecipeError
+from weightsmith.engine.plan import RESIDENT
+from weightsmith.errors import CheckpointError, Interrupted, MethodError, OutputError, PlanError, RecipeError
 from weightsmith.transplantation import search
 from weightsmith.transplantation.create import transplant
 
@@ -602,11 +604,47 @@ def test_what_was_kept_and_is_damaged_is_searched_again(tmp_path, pair, monkeypa
     )
 
 
+def test_a_run_that_begins_anew_searches_anew(tmp_path, pair, monkeypatch):
+    stopped_before_writing(pair, tmp_path / "out", monkeypatch)
+    monkeypatch.setattr(search, "matching_pursuit", None)
+    with pytest.raises(TypeError):
+        transplant(*pair, atoms=6).save(tmp_path / "out", restart=True)
+
+
+def test_a_search_that_a_person_stops_is_kept_as_far_as_it_came(tmp_path, pair, monkeypatch):
+    pursuit, calls = search.matching_pursuit, []
+
+    def stopped_at_the_second(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return pursuit(*arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "matching_pursuit", stopped_at_the_second)
+        with pytest.raises(Interrupted, match="the same command goes on from there"):
+            transplant(*pair, atoms=6).save(tmp_path / "out")
+        transplant(*pair, atoms=6).save(tmp_path / "out")
+    assert len(calls) == 3
+    found = read_safetensors(tmp_path / "out")
+    assert all(
+        found[name].tobytes() == array.tobytes() for name, array in saved(tmp_path / "b", *pair, atoms=6).items()
+    )
+
+
 def test_the_plan_reads_no_weights_and_tells_the_memory(tmp_path, pair, monkeypatch):
     monkeypatch.setattr("weightsmith.checkpoint.safetensors.StoredTensor.read", None)
     made = transplant(*pair)
     plan = made.plan()
-    assert plan.preparing[1] >= plan.preparing[0] > 0
+    least, most = plan.preparing
+    assert most > least > 280 * 12 * 4
+    assert plan.peak_memory(1) >= RESIDENT + most
+    assert plan.peak_memory(1) - replace(plan, preparing=(0, 0), held=0).peak_memory(1) >= plan.held > 280 * 8 * 4
+    wide = replace(plan, preparing=(10**9, 7 * 10**9))
+    assert wide.peak_memory(1) == RESIDENT + 7 * 10**9
+    assert wide.peak_memory(1, 4 * 10**9) == 4 * 10**9
+    with pytest.raises(PlanError, match=r"--memory allows 500 MB"):
+        wide.threads_within(500_000_000, 2)
     assert made.report(search=False).tables[0].made == 119
     assert made.report(search=False).tables[0].residual is None
 
@@ -633,6 +671,8 @@ def test_the_report_says_what_became_of_every_token(tmp_path, pair):
     assert kept["settings"]["head_method"] == "subword"
     assert "seconds" not in kept
     assert kept["tables"] == json.loads(json.dumps(report.to_json()["tables"]))
+    # It is not true of what is made of the result.
+    assert "transplant-report.json" not in ws.open(tmp_path / "out").companions.files
 
 
 def test_other_splits_of_numbers_are_a_warning(tmp_path):
@@ -641,6 +681,15 @@ def test_other_splits_of_numbers_are_a_warning(tmp_path):
     (warning,) = (text for text in transplant(model, donor, "mean").warnings if text.startswith("numbers"))
     assert "one digit alone" in warning
     assert not any(text.startswith("numbers") for text in transplant(model, model, "mean").warnings)
+
+
+def test_a_transplant_is_a_checkpoint_that_can_be_merged(tmp_path, pair):
+    model, donor = pair
+    wide = llama(tmp_path / "wide", trained.byte_bpe(), seed=3, **GPT)
+    given = transplant(model, donor, "mean")
+    merged = ws.merge("linear", [given, ws.open(wide)], weight=[0.5, 0.5])
+    other = read_safetensors(wide)[EMBEDDINGS]
+    np.testing.assert_allclose(merged[EMBEDDINGS].numpy(), (given[EMBEDDINGS].numpy() + other) / 2, atol=1e-6)
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------------

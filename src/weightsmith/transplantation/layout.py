@@ -148,7 +148,8 @@ class Layout:
         source[making.targets], row[making.targets] = _MADE, np.arange(len(making.targets))
         source[making.averaged] = _MEAN
         mean = MeanRow(table, self._own_rows(table))
-        made = gathered(tensor.name, [tensor, making.tensor or mean, mean], Origins(source, row), shape, tensor.dtype)
+        tensors = [tensor, mean if making.tensor is None else making.tensor, mean]
+        made = gathered(tensor.name, tensors, Origins(source, row), shape, tensor.dtype)
         averaged = 0 if way.method == "mean" else len(making.averaged)
         return Made(table, made, rows, matches, way, making.search, averaged, making.anchors)
 

@@ -11,6 +11,7 @@ from typing import Any
 from weightsmith.adapters.peft_config import config_text
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, Identity
 from weightsmith.checkpoint.companions import read_companion, tokenizer_files, write_companions
+from weightsmith.checkpoint.folder import REPORT_FILE
 from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.storage import is_url
 from weightsmith.engine.plan import RESIDENT, Plan
@@ -23,7 +24,7 @@ from weightsmith.transplantation.auxiliary import read_vectors
 from weightsmith.transplantation.files import beside
 from weightsmith.transplantation.layout import Layout
 from weightsmith.transplantation.recipe import Recipe
-from weightsmith.transplantation.report import REPORT_FILE, Report, report_of
+from weightsmith.transplantation.report import Report, report_of
 from weightsmith.transplantation.tokens import number_warning
 
 

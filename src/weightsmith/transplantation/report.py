@@ -12,7 +12,6 @@ from weightsmith.transplantation.layout import Layout, Made
 from weightsmith.transplantation.search import Found
 from weightsmith.transplantation.tokens import NEW, SHARED, UNTRAINED, UNUSED
 
-REPORT_FILE = "transplant-report.json"
 # Shares of the new tokens whose residual is told, and how many of the worst tokens are.
 _QUANTILES, _WORST = (0.5, 0.9, 0.99, 1.0), 20
 

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,15 +178,15 @@ def _used(combinations: Combinations, model: Numbers, seconds: float) -> Found:
 
 
 def _keep(found: Found, kept: Path) -> None:
-    """Write what was found, whole or not at all."""
-    kept.parent.mkdir(exist_ok=True)
-    part = kept.with_suffix(".part")
-    with part.open("wb") as file:
-        one = found.combinations
-        np.savez(file, anchors=one.anchors, weights=one.weights, residual=one.residual, model=found.model)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(kept)
+    """Write what was found, whole or not at all; what cannot be kept would be found again."""
+    part, one = kept.with_suffix(".part"), found.combinations
+    with suppress(OSError):
+        kept.parent.mkdir(exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(file, anchors=one.anchors, weights=one.weights, residual=one.residual, model=found.model)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(kept)
 
 
 def of_model(combinations: Combinations) -> Callable[[], Found]:
