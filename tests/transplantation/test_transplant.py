@@ -760,6 +760,10 @@ def test_rows_that_are_no_numbers_are_told(tmp_path, byte_bpe, metaspace_bpe, ba
         CheckpointError, match=rf"{EMBEDDINGS}: row [\d,]+ holds values that are infinite or no numbers"
     ):
         transplant(model, donor, atoms=4).save(tmp_path / "out")
+    if bad == "model":
+        for method in ("mean", "subword", "gaussian"):
+            with pytest.raises(CheckpointError, match="infinite or no numbers"):
+                transplant(model, donor, method)[EMBEDDINGS].numpy()
 
 
 def test_rows_that_outgrow_their_dtype_are_told(tmp_path, byte_bpe, metaspace_bpe):

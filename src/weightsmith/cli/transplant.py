@@ -31,7 +31,7 @@ _WORST = 5
     type=click.Choice(_METHODS),
     default="omp",
     show_default=True,
-    help="How the rows of new tokens are made; see below.",
+    help="How the rows of new tokens are made; see above.",
 )
 @click.option("--head-method", type=click.Choice(_METHODS), help="How those of the head are, if another way.")
 @click.option("-k", "--atoms", type=click.IntRange(min=1), help="omp: anchors that make up a token; 64 by default.")

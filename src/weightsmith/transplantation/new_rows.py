@@ -58,12 +58,17 @@ class NewRows(Tensor):
         """See :meth:`Tensor.read`.
 
         Raises:
-            CheckpointError: if what is made is too large for the table's dtype.
+            CheckpointError: if what is made is no number, or too large for the table's dtype.
         """
         if start == stop:
             return np.empty(0, self.dtype)
         values = self.values(start, stop)
         made = narrow(values, self.dtype)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.name}: rows of tokens hold values that are infinite or no numbers, and so would new ones, "
+                "which are made of them: repair the checkpoint"
+            )
         if not np.isfinite(made).all():
             dtype = dtypes.name_of(self.dtype)
             raise CheckpointError(
@@ -107,6 +112,7 @@ class Drawn(NewRows):
             way: ``random`` or ``gaussian``, with its seed.
         """
         super().__init__(table, len(tokens))
+        self.held = 8 * table.width**2 if way.method == "gaussian" else 0
         self._tokens, self._known, self._way = tokens, known, way
 
     def values(self, start: int, stop: int) -> Array:
@@ -138,6 +144,7 @@ class Mapped(NewRows):
             targets: the new tokens' numbers in the donor.
         """
         super().__init__(table, len(targets))
+        self.held = 8 * table.width * donor.shape[1]
         self._donor, self._shared, self._targets = donor, shared, targets
 
     def make(self, first: int, last: int) -> Array:
