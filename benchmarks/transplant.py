@@ -19,9 +19,9 @@ import numpy as np
 
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.threads import ThreadMapper, default_threads
-from weightsmith.transplant.dictionary import Dictionary
-from weightsmith.transplant.pursuit import ANCHORS, MEMORY, matching_pursuit
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.dictionary import Dictionary
+from weightsmith.transplantation.pursuit import ANCHORS, MEMORY, matching_pursuit
+from weightsmith.transplantation.rows import Rows
 
 
 def make_rows(count: int, width: int, seed: int = 0) -> Array:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weightsmith.runs.average import average_run
     from weightsmith.runs.running import running_average, update_average
     from weightsmith.tokenizer.comparison import compare_tokenizers
+    from weightsmith.transplantation.create import transplant
     from weightsmith.verification import reproduce, verify
 
 # Public name -> the module that defines it. Loaded on first use, so that importing the package costs nothing.
@@ -65,6 +66,7 @@ _HOMES = {
     "reproduce": "weightsmith.verification",
     "save": "weightsmith.api",
     "running_average": "weightsmith.runs.running",
+    "transplant": "weightsmith.transplantation.create",
     "unfold_compander": "weightsmith.reparameterized.unfold",
     "unfold_weight_norm": "weightsmith.reparameterized.unfold",
     "update_average": "weightsmith.runs.running",
@@ -108,6 +110,7 @@ __all__ = [
     "running_average",
     "runs",
     "save",
+    "transplant",
     "unfold_compander",
     "unfold_weight_norm",
     "update_average",

@@ -32,6 +32,8 @@ from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 
 # By this file a folder is a bundle of several models; see weightsmith.bundle.
 BUNDLE_FILE = "weightsmith-bundle.json"
+# What a transplant of a tokenizer did: not true of what is made of its result.
+REPORT_FILE = "transplant-report.json"
 # And by this one a diffusers pipeline.
 PIPELINE_FILE = "model_index.json"
 # Files of a training run that hold no model.
@@ -48,6 +50,7 @@ _WEIGHT_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
 # An adapter's config beside a whole model would make loaders look for the adapter.
 _NOT_COMPANIONS = {
     "config.json",
+    REPORT_FILE,
     "adapter_config.json",
     "trainer_state.json",
     "training_args.json",

@@ -69,6 +69,7 @@ class Staging:
                 self.journal.unlink(missing_ok=True)
                 _sync(self.folder)
                 _remove(self.content)
+                _remove(self.prepared)
             self.content.mkdir(exist_ok=True)
             _sync(self.folder)
         except OSError as error:
@@ -82,6 +83,11 @@ class Staging:
     def journal(self) -> Path:
         """The file of the run's journal."""
         return self.folder / "journal"
+
+    @property
+    def prepared(self) -> Path:
+        """Where the run keeps what it found before it began to write; a folder that need not be there."""
+        return self.folder / "prepared"
 
     @property
     def single_file(self) -> bool:

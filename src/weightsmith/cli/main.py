@@ -26,6 +26,7 @@ _VERBS = {
     "diff": "Compare two models, tensor by tensor.",
     "tokens": "Compare two tokenizers, and say how their models can be merged.",
     "extract": "Take what a fine-tune changed as an adapter.",
+    "transplant": "Give a model the tokenizer of another.",
     "adapter": "Look at adapters, combine and convert them.",
     "bundle": "Keep several fine-tunes of one base in one small folder.",
     "curve": "Make the models between models, and measure each.",

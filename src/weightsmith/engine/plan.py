@@ -20,7 +20,7 @@ from weightsmith.methods.block import Work
 from weightsmith.methods.statistics import MOST_GATHERED
 
 # What the interpreter, the libraries and the plan hold, with what the allocator keeps: measured, with a margin.
-_RESIDENT = 90_000_000
+RESIDENT = 90_000_000
 # Working arrays of a block beside its inputs: delta, magnitude, mask, random numbers, sum and result.
 _TEMPORARIES = 8
 # Most bytes that whole matrices may take together, unless a person says another number or a single one needs more.
@@ -68,6 +68,8 @@ class Plan:
         sources: id of a stored tensor -> name of the checkpoint it belongs to.
         recipe: the recipe as YAML.
         warnings: what a person should know before running it.
+        preparing: what is held before the first tensor is written, in bytes: at the least, and where there is room.
+        held: what is held while tensors are written, however many threads there are, in bytes.
     """
 
     tasks: tuple[Task, ...]
@@ -76,6 +78,8 @@ class Plan:
     sources: Mapping[int, str] = field(default_factory=dict)
     recipe: str = ""
     warnings: tuple[str, ...] = ()
+    preparing: tuple[int, int] = (0, 0)
+    held: int = 0
 
     def place(self, task: Task) -> Placement:
         """Return where a task's bytes go."""
@@ -110,7 +114,9 @@ class Plan:
         """
         shared, of_a_thread, of_a_matrix = self._memory
         matrices = max(of_a_matrix, min(threads * of_a_matrix, self.room_for_matrices(memory)))
-        return shared + max(threads * of_a_thread, matrices)
+        least, most = self.preparing
+        before = most if memory is None else max(least, min(most, memory - RESIDENT))
+        return max(shared + max(threads * of_a_thread, matrices), RESIDENT + before)
 
     def room_for_matrices(self, memory: int | None = None) -> int:
         """Return how many bytes matrices may take that are worked on at the same time."""
@@ -148,7 +154,7 @@ class Plan:
         selected = max((_statistic_memory(task) for task in self.tasks), default=0)
         matrices = [matrix_memory(task) for task in self.tasks]
         others = (_task_memory(task) for task, matrix in zip(self.tasks, matrices, strict=True) if not matrix)
-        return _RESIDENT + selected, max(others, default=0), max(matrices, default=0)
+        return RESIDENT + selected + self.held, max(others, default=0), max(matrices, default=0)
 
     def threads_within(self, memory: int, threads: int) -> int:
         """Return how many threads, at most so many, a run may use to stay within a number of bytes.
@@ -159,6 +165,12 @@ class Plan:
         for count in range(threads, 0, -1):
             if self.peak_memory(count, memory) <= memory:
                 return count
+        needed = max(self.held, self.preparing[0])
+        if needed + RESIDENT > memory:
+            raise PlanError(
+                f"rows of {(needed + RESIDENT) / 1e6:,.0f} MB are held together, and --memory allows "
+                f"{memory / 1e6:,.0f} MB: allow more"
+            )
         largest = max(self.tasks, key=lambda task: matrix_memory(task) or _task_memory(task))
         raise PlanError(
             f"{largest.name} needs about {self.peak_memory(1) / 1e6:,.0f} MB of memory in one thread, and "

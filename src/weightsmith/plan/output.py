@@ -101,6 +101,17 @@ class Output(Checkpoint):
             plan: the plan.
         """
 
+    def prepare(self, kept: Path, *, threads: int, memory: int | None, listener: ProgressListener | None) -> None:
+        """Find what all weights rest on, before the first is written: what takes long, and is wanted again.
+
+        Args:
+            kept: a folder, there or not, in which the run may keep what was found, for the case that it is stopped and
+                gone on with. It goes with the run.
+            threads: how many threads to use.
+            memory: most bytes to hold, if a person says so.
+            listener: told of progress.
+        """
+
     def examine(self, finished: Container[str], threads: int) -> list[str]:
         """Return what a person should know that only the weights tell.
 
@@ -212,6 +223,7 @@ class Output(Checkpoint):
                 journal = Journal(staging.journal, _run_identity(plan, chosen, contents))
                 staging.keep({shard.path for shard in plan.layout.shards})
             try:
+                self.prepare(staging.prepared, threads=count, memory=memory, listener=progress)
                 outcome = execute(
                     plan,
                     staging.content,

@@ -22,6 +22,7 @@ _MAKERS = {
     "initialize": "weightsmith.initialization.create",
     "convert": "weightsmith.adapters.layouts.converted",
     "running": "weightsmith.runs.running",
+    "transplant": "weightsmith.transplantation.create",
 }
 
 

@@ -10,7 +10,7 @@ from weightsmith.checkpoint.source import Source
 from weightsmith.errors import shown
 from weightsmith.tokenizer.components import PARTS
 from weightsmith.tokenizer.facts import TokenizerFacts, open_tokenizer, tokenizer_facts
-from weightsmith.tokenizer.matching import Numbers, match
+from weightsmith.tokenizer.matching import match
 from weightsmith.tokenizer.tokenizer import ROLES, Tokenizer
 
 # What the file says of an added token, beside its text and number.
@@ -121,7 +121,7 @@ def compare_tokenizers(a: Source, b: Source) -> TokenizerComparison:
 
 def _groups(own: Tokenizer, other: Tokenizer) -> dict[str, Tokens]:
     """Sort the tokens of both by what became of them."""
-    there = _exact(own, other)
+    there = match(own, other)
     rows: dict[str, list[tuple[str | None, int | None, str | None, int | None]]] = {
         name: [] for name in ("same", "renumbered", "renamed", "only_a", "only_b")
     }
@@ -132,19 +132,9 @@ def _groups(own: Tokenizer, other: Tokenizer) -> dict[str, Tokens]:
             continue
         name = "renamed" if other.tokens[place] != token else "same" if place == number else "renumbered"
         rows[name].append((token, number, other.tokens[place], place))
-    back = _exact(other, own)
+    back = match(other, own)
     rows["only_b"] = [(None, None, token, number) for number, token in other.tokens.items() if back[number] < 0]
     return {name: Tokens(len(found), tuple(found[:_EXAMPLES])) for name, found in rows.items()}
-
-
-def _exact(wanted: Tokenizer, known: Tokenizer) -> Numbers:
-    """Match tokens by what they stand for; of several that stand for it, the one spelled alike."""
-    found = match(wanted, known)
-    for number, token in wanted.tokens.items():
-        place = known.vocabulary.get(token)
-        if place is not None and place != found[number] and wanted.surface(token) == known.surface(token):
-            found[number] = place
-    return found
 
 
 def _roles(a: TokenizerFacts, b: TokenizerFacts) -> Iterator[str]:

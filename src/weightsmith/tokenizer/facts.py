@@ -116,7 +116,7 @@ def open_tokenizer(source: Source) -> Opened:
     Raises:
         CheckpointError: if there is none, or it cannot be read.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else _open(os.fspath(source))
+    checkpoint = source if isinstance(source, Checkpoint) else open_holder(os.fspath(source))
     files = checkpoint.companions.files
     tokenizer = read_tokenizer(files, checkpoint.name, checkpoint.config)
     if tokenizer is None:
@@ -172,15 +172,22 @@ def tokenizer_facts(source: Source | Opened) -> TokenizerFacts:
         before=before,
         behind=behind,
         parts={part: describe(part, tokenizer.content.get(part)) for part in PARTS},
-        digits=_digits(tokenizer),
+        digits=digit_tokens(tokenizer),
         chat_template=None if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         notes=tuple(notes),
         behaviour=behaviour,
     )
 
 
-def _open(reference: str) -> Checkpoint:
-    """Open a model, or what holds a tokenizer and no weights."""
+def open_holder(reference: str) -> Checkpoint:
+    """Open a model, or what holds a tokenizer and no weights.
+
+    Args:
+        reference: a checkpoint's reference, a folder that holds a tokenizer, or a file of one.
+
+    Raises:
+        CheckpointError: if there is nothing of the kind.
+    """
     path = os.path.expanduser(reference)
     if os.path.isdir(path):
         entries = list_folder(path)
@@ -222,7 +229,8 @@ def _contradictions(opened: Opened) -> Iterator[str]:
                 yield f"{place} gives {role}_id {told}; the tokenizer's {role} is {token}, {own}"
 
 
-def _digits(tokenizer: Tokenizer) -> dict[int, int]:
+def digit_tokens(tokenizer: Tokenizer) -> dict[int, int]:
+    """Return number of digits -> how many tokens are numbers of so many; the last entry counts longer ones too."""
     counts = dict.fromkeys(range(1, _DIGITS + 1), 0)
     for token in tokenizer.vocabulary:
         surface = tokenizer.surface(token)

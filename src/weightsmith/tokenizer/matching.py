@@ -13,8 +13,9 @@ Numbers = npt.NDArray[np.int64]
 def match(wanted: Tokenizer, known: Tokenizer, *, bytes_as_text: bool = False) -> Numbers:
     """Find the token of one tokenizer that stands for what a token of another stands for.
 
-    Tokens match by their surface, so that ``Ġthe``, ``▁the`` and WordPiece's ``the`` are one. Special tokens match by
-    their text, and otherwise by their role: the beginning of a text is that under any name.
+    Tokens match by their surface, so that ``Ġthe``, ``▁the`` and WordPiece's ``the`` are one; of several with the same
+    surface the one that is spelled alike is taken, or else the first. Special tokens match by their text, and otherwise
+    by their role: the beginning of a text is that under any name.
 
     Args:
         wanted: the tokenizer whose tokens are looked up.
@@ -37,7 +38,9 @@ def match(wanted: Tokenizer, known: Tokenizer, *, bytes_as_text: bool = False) -
     found = np.full(wanted.size, -1, np.int64)
     for number, token in wanted.tokens.items():
         surface = wanted.surface(token)
-        place = places.get(surface)
+        place = known.vocabulary.get(token)
+        if place is None or known.surface(token) != surface:
+            place = places.get(surface)
         if place is None and bytes_as_text:
             place = places.get(_as_text(surface))
         if place is None:

@@ -125,6 +125,17 @@ class Tokenizer:
         Args:
             token: a token of the vocabulary, as the file spells it.
         """
+        found = self._surfaces.get(token)
+        if found is None:
+            found = self._surfaces[token] = self._surface(token)
+        return found
+
+    @cached_property
+    def _surfaces(self) -> dict[str, Surface]:
+        """What was asked for before: tokens are compared in many places."""
+        return {}
+
+    def _surface(self, token: str) -> Surface:
         if token in self.special:
             return Surface("special", _utf8(token))
         if token in self.added:
@@ -273,6 +284,12 @@ def _byte_letters() -> dict[str, int]:
 
 
 _BYTES = _byte_letters()
+_LETTERS = {byte: letter for letter, byte in _BYTES.items()}
+
+
+def in_byte_letters(text: bytes) -> str:
+    """Return bytes as byte-level tokens write them: a letter for each."""
+    return "".join(_LETTERS[byte] for byte in text)
 
 
 def _utf8(text: str) -> bytes:

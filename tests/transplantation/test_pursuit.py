@@ -8,10 +8,10 @@ import pytest
 from weightsmith.errors import CheckpointError, MethodError
 from weightsmith.kernels import native
 from weightsmith.kernels.pursuit import Batch
-from weightsmith.transplant import pursuit
-from weightsmith.transplant.combination import Combinations, combine
-from weightsmith.transplant.pursuit import matching_pursuit
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation import pursuit
+from weightsmith.transplantation.combination import Combinations, combine
+from weightsmith.transplantation.pursuit import matching_pursuit
+from weightsmith.transplantation.rows import Rows
 
 LEVELS = [None, *native.levels()]
 

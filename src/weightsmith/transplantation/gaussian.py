@@ -15,7 +15,7 @@ from weightsmith.checkpoint.rows import tile_rows
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import MethodError
 from weightsmith.kernels.philox import key_of, normal
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.rows import Rows
 
 # Rows that are read at a time. Sums depend on it in their last digits, so it is part of a result.
 _READ = 1024

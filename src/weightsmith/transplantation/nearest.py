@@ -10,9 +10,9 @@ import numpy as np
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import MethodError
-from weightsmith.transplant.combination import Combinations, Progress
-from weightsmith.transplant.dictionary import Dictionary, batches, norms_of
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.combination import Combinations, Progress
+from weightsmith.transplantation.dictionary import Dictionary, batches, norms_of
+from weightsmith.transplantation.rows import Rows
 
 Metric = Literal["cosine", "euclidean"]
 # Given the anchors, a row and its inner products with them: numbers of anchors, weights and residual.

@@ -13,8 +13,8 @@ import numpy as np
 
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import MethodError
-from weightsmith.transplant.gaussian import mean_of, wide_tiles
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.gaussian import mean_of, wide_tiles
+from weightsmith.transplantation.rows import Rows
 
 
 @dataclass(frozen=True)

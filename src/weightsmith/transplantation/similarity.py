@@ -11,10 +11,10 @@ import numpy as np
 
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.errors import MethodError
-from weightsmith.transplant.combination import Combinations, Progress
-from weightsmith.transplant.dictionary import Dictionary, norms_of
-from weightsmith.transplant.nearest import check_count, left_of, nearest_of, of_each_target
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.combination import Combinations, Progress
+from weightsmith.transplantation.dictionary import Dictionary, norms_of
+from weightsmith.transplantation.nearest import check_count, left_of, nearest_of, of_each_target
+from weightsmith.transplantation.rows import Rows
 
 # Of WECHSEL's code and of its paper.
 NEIGHBOURS, TEMPERATURE = 10, 0.1

@@ -18,8 +18,8 @@ from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.threads import ThreadMapper
 from weightsmith.errors import CheckpointError, MethodError
 from weightsmith.kernels.pursuit import UNIT
-from weightsmith.transplant.combination import Progress
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.combination import Progress
+from weightsmith.transplantation.rows import Rows
 
 # Columns of a product that a thread makes at a time, and rows that are read at a time.
 _COLUMNS, _READ = 1024, 1 << 12

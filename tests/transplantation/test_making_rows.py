@@ -10,14 +10,14 @@ import pytest
 
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError, MethodError
-from weightsmith.transplant import nearest as nearest_module
-from weightsmith.transplant import rows as rows_module
-from weightsmith.transplant.combination import Combinations, combine
-from weightsmith.transplant.gaussian import Gaussian
-from weightsmith.transplant.landmarks import LandmarkMap
-from weightsmith.transplant.neighbours import nearest_neighbours
-from weightsmith.transplant.rows import Rows
-from weightsmith.transplant.similarity import softmax_of_nearest, sparsemax, sparsemax_of_all
+from weightsmith.transplantation import nearest as nearest_module
+from weightsmith.transplantation import rows as rows_module
+from weightsmith.transplantation.combination import Combinations, combine
+from weightsmith.transplantation.gaussian import Gaussian
+from weightsmith.transplantation.landmarks import LandmarkMap
+from weightsmith.transplantation.neighbours import nearest_neighbours
+from weightsmith.transplantation.rows import Rows
+from weightsmith.transplantation.similarity import softmax_of_nearest, sparsemax, sparsemax_of_all
 
 ANCHORS, TARGETS = np.arange(200), np.arange(200, 212)
 WAYS = {
@@ -324,7 +324,7 @@ def test_a_covariance_of_too_few_rows_is_drawn_from_all_the_same():
 def test_a_tokens_row_depends_on_the_seed_and_the_token_alone(covariance, monkeypatch):
     known = Gaussian.of(Rows(rows_of(19)), np.arange(212), covariance=covariance)
     # Two tokens to a tile, so that some share theirs and some do not.
-    monkeypatch.setattr("weightsmith.transplant.gaussian.tile_rows", lambda width: 2)
+    monkeypatch.setattr("weightsmith.transplantation.gaussian.tile_rows", lambda width: 2)
     tokens = ["the", "Ġcat", "▁sat", "the"]
     whole = known.draw(7, tokens)
     assert (whole[0] == whole[3]).all()

@@ -29,10 +29,10 @@ from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.errors import MethodError
 from weightsmith.kernels import native
 from weightsmith.kernels.pursuit import COSINE, DONE, WANTS_BASE, WANTS_ROW, Atoms, Batch
-from weightsmith.transplant.combination import Combinations, Progress
-from weightsmith.transplant.dictionary import Dictionary, batches, multiply
-from weightsmith.transplant.nearest import nearest_of
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.combination import Combinations, Progress
+from weightsmith.transplantation.dictionary import Dictionary, batches, multiply
+from weightsmith.transplantation.nearest import nearest_of
+from weightsmith.transplantation.rows import Rows
 
 # Of the tool that the paper's authors publish (mergekit-tokensurgeon, -k).
 ANCHORS = 64

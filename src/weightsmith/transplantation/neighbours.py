@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 
 from weightsmith.checkpoint.tensor import Array
-from weightsmith.transplant.combination import Combinations, Progress
-from weightsmith.transplant.dictionary import Dictionary
-from weightsmith.transplant.nearest import Metric, check_count, left_of, nearest_of, of_each_target
-from weightsmith.transplant.rows import Rows
+from weightsmith.transplantation.combination import Combinations, Progress
+from weightsmith.transplantation.dictionary import Dictionary
+from weightsmith.transplantation.nearest import Metric, check_count, left_of, nearest_of, of_each_target
+from weightsmith.transplantation.rows import Rows
 
 Scheme = Literal["distance", "barycentric", "least_squares"]
 # How many neighbours, in that tool.
