@@ -35,6 +35,9 @@ FLAGS = (
 # Levels of the instruction set: the number in the names of the functions, zig's name and GCC's.
 X86_LEVELS = ((0, "x86_64", "x86-64"), (3, "x86_64_v3", "x86-64-v3"), (4, "x86_64_v4", "x86-64-v4"))
 GLIBC = "2.17"
+# Compiled once for every level, with flags of their own; level.c, which chooses among levels, once. Compilers shun the
+# widest vectors where they cannot tell how long a loop runs.
+KERNELS = {"machine": (), "measure": ("-mprefer-vector-width=512",)}
 
 
 class KernelsHook(BuildHookInterface[Any]):
@@ -66,8 +69,10 @@ def compile_library(sources: Path, library: Path, folder: Path) -> None:
     objects = []
     for level, zig, gcc in X86_LEVELS if x86 else ((0, "", ""),):
         cpu = ([f"-march={gcc}"] if own else [f"-mcpu={zig}"]) if zig else []
-        objects.append(str(folder / f"machine{level}.o"))
-        run("-c", f"-DWS_LEVEL={level}", "-fvisibility=hidden", *cpu, "-o", objects[-1], str(sources / "machine.c"))
+        for name, own_flags in KERNELS.items():
+            flags = [f"-DWS_LEVEL={level}", "-fvisibility=hidden", *cpu, *(own_flags if x86 else ())]
+            objects.append(str(folder / f"{name}{level}.o"))
+            run("-c", *flags, "-o", objects[-1], str(sources / f"{name}.c"))
     made = folder / library.name
     run("-shared", "-s", "-o", str(made), *objects, str(sources / "level.c"))
     # A process that runs on the old library keeps it: the new one takes its name, not its place.

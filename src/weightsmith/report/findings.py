@@ -6,8 +6,8 @@ Words used throughout:
   it (``Report.base_named`` is False): figures then say how models differ from that one, not what training did.
 * Models go by their *label*: short and unique within a report. The base and the merged result have labels too.
 * Norms are Euclidean. Shares, cosines and overlaps are fractions, not per cent. Counts are of entries (elements).
-* An entry that is NaN or infinite in a tensor of any of the models takes no part in any figure about that tensor, and
-  is counted under ``Health.nonfinite``. Integer and boolean tensors are in no figure.
+* An entry that is NaN or infinite (or beyond 2**100) in a tensor of any of the models takes no part in any figure about
+  that tensor; NaN and infinities are counted under ``Health.nonfinite``. Integer and boolean tensors are in no figure.
 * None always means that there is no such number: a cosine with nothing, a share of no entries.
 """
 
@@ -349,14 +349,16 @@ class Histogram:
         entries: how many entries were counted; fewer than there are where they were sampled.
         weight: entries that each counted one stands for, on average: 1 where all were counted.
         zero: share of the entries that are zero.
-        edges: bounds of the magnitudes of the bins, ``[bins + 1]``, ascending; powers of the square root of 2.
+        edges: bounds of the magnitudes of the bins, ``[bins + 1]``, ascending; powers of the square root of 2, the odd
+            ones cut to nine bits (1.4140625).
         positive: share of the entries in each bin, of positive values, ``[bins]``.
         negative: the same of negative values.
         mean: mean of the entries.
         deviation: their standard deviation.
         kurtosis: excess kurtosis: 0 for a normal distribution, 3 for a Laplace distribution. None where the
             deviation is 0.
-        quantiles: magnitude that each of the shares in ``tops`` of the entries reach, over the scope as a whole.
+        quantiles: magnitude that each of the shares in ``tops`` of the entries reach, over the scope as a whole; found
+            within a bin as if entries were spread evenly over the logarithm.
         tops: 0.01, 0.05, 0.2.
     """
 
@@ -652,14 +654,14 @@ class Report:
         base: what task vectors are taken from.
         base_named: whether a person named it; if not, it is the first model.
         models: the others, in order. Empty for a report about one model.
-        result: the merged result, None unless the report is about a merged folder.
+        result: the merged result, None unless the report is about a merged folder whose base is still there.
         layers: rows of heat maps, in order.
         components: components that occur, in a fixed order.
         tensors: the tensors that take part in figures, in order.
         changes: how far each model is from the base; the result's rows come last.
         agreements: how each two models lie to each other.
         conflicts: how much all models pull against each other; empty for fewer than two.
-        overlaps: whether each two models changed the same entries most.
+        overlaps: whether each two models changed the same entries most: over everything, per layer and per component.
         subspaces: whether leading singular vectors of chosen matrices span the same space.
         spectra: singular values of chosen matrices.
         histograms: distributions over everything (``total``) and per component; the other scopes are empty.

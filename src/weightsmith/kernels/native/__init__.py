@@ -1,4 +1,4 @@
-"""The compiled part: one shared library, built from ``machine.c`` for several levels of the instruction set.
+"""The compiled part: one shared library, built from the C beside it for several levels of the instruction set.
 
 It is plain C behind ctypes, which lets go of the interpreter's lock during a call, needs no headers of any Python,
 and costs nothing at start-up. Where it was not built, everything runs on NumPy, slower.
@@ -27,11 +27,15 @@ class Library:
         level: 0 for the baseline of the processor's family; on x86-64 also 3 (AVX2) and 4 (AVX-512).
         operations: name of an operation -> its number.
         run: see ``ws_run`` in ``machine.c``.
+        measure: see ``ws_measure`` in ``measure.c``.
+        rows: see ``ws_rows`` there.
     """
 
     level: int
     operations: Mapping[str, int] = field(repr=False)
     run: Callable[..., int] = field(repr=False)
+    measure: Callable[..., int] = field(repr=False)
+    rows: Callable[..., None] = field(repr=False)
 
 
 @cache
@@ -76,4 +80,9 @@ def _of_level(loaded: Any, level: int) -> Library:
         *(address, number, number, number, number, number, number, address, address),
         *(address, number, address, number, address, number, number),
     ]
-    return Library(level, operations, run)
+    measure = loaded[f"ws_measure_{level}"]
+    measure.restype = ctypes.c_int
+    measure.argtypes = [number, number, address, address, number, address, number, address, number, address]
+    rows = loaded[f"ws_rows_{level}"]
+    rows.restype, rows.argtypes = None, [address, number, number, ctypes.c_uint64, address, address]
+    return Library(level, operations, run, measure, rows)
