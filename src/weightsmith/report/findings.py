@@ -615,6 +615,8 @@ class Finding:
         figures: the numbers it rests on.
         models: labels of the models it is about.
         scope: what it is about, if not everything.
+        action: what to type: a command, or a recipe or a part of one (YAML), perhaps several lines; empty where the
+            text says it all.
     """
 
     code: str
@@ -624,6 +626,7 @@ class Finding:
     figures: tuple[Figure, ...] = ()
     models: tuple[str, ...] = ()
     scope: Scope = field(default_factory=Scope)
+    action: str = ""
 
 
 @dataclass(frozen=True)
@@ -633,7 +636,8 @@ class BaseTest:
     Attributes:
         model: label.
         shares: whether it was; None where the figures do not tell.
-        p: the test's p value under the hypothesis that it was; None where no test was made.
+        p: the chance that weights which have nothing to do with the base's lie as near to them as the model's do;
+            None where no test was made.
         figures: the numbers it rests on.
     """
 
