@@ -129,8 +129,8 @@ def _unrelated(report: Report, found: Sequence[Nearness]) -> Finding:
         "error",
         f"{listed(labels)} {'has' if len(labels) == 1 else 'have'} nothing to do with {report.base.label}",
         f"{percent(min(one.unrelated for one in found))} of the weights of {listed(labels)} lie in matrices that are "
-        f"no nearer to those of {base_name(report)} than to a stranger's: the median cosine is {cosine_text(cosine, 3)}, "
-        f"where fine-tunes have more than {RELATED}. {why}",
+        f"no nearer to those of {base_name(report)} than to a stranger's: the median cosine is "
+        f"{cosine_text(cosine, 3)}, where fine-tunes have more than {RELATED}. {why}",
         tuple(
             replace(figure, name=f"{one.label}: {figure.name}" if len(found) > 1 else figure.name)
             for one in found
