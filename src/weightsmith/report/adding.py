@@ -233,11 +233,11 @@ def same_entries(report: Report, family: Family) -> Iterator[Finding]:
         "same-entries",
         "note",
         f"{row.first} and {row.second} changed the same entries most",
-        f"{percent(weight(row))} of the {percent(TOP)} of entries that each changed most are the same in both "
+        f"{percent(weight(row))} of the {TOP:.0%} of entries that each changed most are the same in both "
         f"({percent(row.chance)} by chance), so trimming (`ties`, `breadcrumbs`) does not take them apart.{sign} "
         "Try a mean, or a smaller weight for one of them.",
         (
-            Figure(f"share of the top {percent(TOP)} that both have", weight(row), "share"),
+            Figure(f"share of the top {TOP:.0%} that both have", weight(row), "share"),
             Figure("the same by chance", row.chance, "share"),
         ),
         (row.first, row.second),

@@ -38,8 +38,8 @@ def layers(report: Report, family: Family) -> Iterator[Finding]:
     )
     if not worst or len(worst) > LAYER_PART * len(rows):
         return
-    names = [str(row.scope.layer) for row in worst]
-    top = worst[0].share or 0.0
+    top, first = worst[0].share or 0.0, str(worst[0].scope.layer)
+    names = [str(row.scope.layer) for row in rows if row in worst]
     patterns = ", ".join(f'"{name}.*"' for name in names)
     yield Finding(
         "layers",
@@ -48,11 +48,11 @@ def layers(report: Report, family: Family) -> Iterator[Finding]:
         f"{listed(names)} {'has' if len(names) == 1 else 'have'} up to {percent(top)} of the movement against the "
         f"elected sign, all layers together {percent(total.share)}. Take less of the models there, or one model alone.",
         (
-            Figure(f"share of the movement against the elected sign in {names[0]}", top, "share"),
+            Figure(f"share of the movement against the elected sign in {first}", top, "share"),
             Figure("the same over everything", total.share, "share"),
         ),
         family.labels,
-        Scope(layer=names[0]),
+        Scope(layer=first),
         action=family.recipe(
             "task_arithmetic",
             [0.5] * len(family.labels),
@@ -137,11 +137,11 @@ def low_rank(report: Report, family: Family) -> Iterator[Finding]:
             "low-rank",
             "note",
             f"{label} fits an adapter",
-            f"Rank {max(ranks)} holds {percent(rows[0].energies[0])} of the energy of {label}'s change in each of the "
+            f"Rank {max(ranks)} holds {rows[0].energies[0]:.0%} of the energy of {label}'s change in each of the "
             f"{counted(len(rows), 'matrix', 'matrices')} looked at. A LoRA of that rank says nearly the same in "
             "little space, and methods on singular vectors (`tsv`, `iso_c`, `knots`) have something to work with.",
             (
-                Figure(f"largest rank for {percent(rows[0].energies[0])} of the energy", max(ranks), "rank"),
+                Figure(f"largest rank for {rows[0].energies[0]:.0%} of the energy", max(ranks), "rank"),
                 Figure("median of that rank over the smaller side", statistics.median(shares), "share"),
             ),
             (label,),

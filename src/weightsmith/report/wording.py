@@ -25,13 +25,13 @@ def counted(number: int, one: str, more: str | None = None) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as per cent: ``0.034%``, ``3.4%``, ``34%``, ``100%`` only if it is all."""
+    """Return a share as per cent: ``0.034%``, ``3.0%``, ``34%``, ``100%`` only if it is all."""
     value = 100.0 * share
     if 99.5 <= value < 100.0:
         return f"{min(value, 99.9):.1f}%"
     if 0.0 < value < 0.001:
         return "less than 0.001%"
-    return f"{value:.0f}%" if value >= 10.0 or value == 0.0 else f"{value:.2g}%"
+    return f"{value:.0f}%" if value >= 9.95 or value == 0.0 else f"{value:#.2g}%"
 
 
 def times(ratio: float) -> str:
