@@ -17,9 +17,9 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note", "good")
 NEARLY = 0.05
 # Significant bits of the dtypes that weights are rounded to.
 _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8, "float8_e4m3fn": 4, "float8_e5m2": 3}
-# Rounding to p bits moves weights by 0.39 * 2^-p of their norm: errors are uniform within half a unit in the last place
-# (2^-p / sqrt(3) at the bottom of a binade), and magnitudes spread evenly over the binade's logarithm.
-_ROUNDING = 0.39
+# Rounding to p bits moves weights by 2^-p / sqrt(8 ln 2) of their norm: errors are uniform within half a unit in the
+# last place, E err^2 = x^2 4^-p / (3 m^2) for a mantissa m in [1, 2), and mantissas are spread evenly over log m.
+_ROUNDING = 1.0 / math.sqrt(8.0 * math.log(2.0))
 # Beyond this share of its energy, a task vector says as much about rounding as about training. Inferred.
 _ROUNDED = 0.1
 # Tables of tokens and their heads: rows that were never trained are normal there.
