@@ -14,7 +14,7 @@ from weightsmith.report.findings import Agreement, Figure, Finding, Overlap, Rep
 from weightsmith.report.outcome import OVERSHOT, SHRUNKEN
 from weightsmith.report.wording import cosine_text, listed, percent, times
 
-# Task vectors of different tasks have cosines of 0 to 0.2 (arXiv:2212.04089, figure 5), and their sum works.
+# Task vectors of different tasks have cosines of 0 to 0.2 (arXiv:2212.04089, on CLIP), and their sum works.
 ORTHOGONAL = 0.2
 # With tau_i = c + s_i and s_i orthogonal, the cosine is |c|^2 / (|c|^2 + |s|^2): from here on, more of each task vector
 # is common to both than its own, and a sum has the common part twice. Inferred.

@@ -44,7 +44,7 @@ SAME_NORM = 2e-3
 SMALLEST_SIDE = 16
 # Left out: see above.
 LEFT_OUT = frozenset({"norm", "embedding", "head"})
-# Task vectors from their true base are orthogonal or a little alike (arXiv:2212.04089, figure 5); from a base that is
+# Task vectors from their true base are orthogonal or a little alike (arXiv:2212.04089); from a base that is
 # itself such a fine-tune, cosines are near 0.5, as of the edges of a regular simplex. A model is suggested as a base
 # where its cosine is below the middle of the two, and well below the named base's.
 CENTRE = 0.35
