@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from weightsmith.recipe.schema import Recipe
     from weightsmith.reparameterized.fold import fold_model
     from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_norm
+    from weightsmith.report.create import report
     from weightsmith.runs.average import average_run
     from weightsmith.runs.running import running_average, update_average
     from weightsmith.verification import reproduce, verify
@@ -60,6 +61,7 @@ _HOMES = {
     "method": "weightsmith.methods.registry",
     "open": "weightsmith.api",
     "plan": "weightsmith.api",
+    "report": "weightsmith.report.create",
     "reproduce": "weightsmith.verification",
     "save": "weightsmith.api",
     "running_average": "weightsmith.runs.running",
@@ -101,6 +103,7 @@ __all__ = [
     "method",
     "open",
     "plan",
+    "report",
     "reproduce",
     "running_average",
     "runs",
@@ -118,7 +121,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
-    # Not kept in the module's globals: importing the package weightsmith.plan would take the name anyway.
+    # Not kept in the module's globals: the packages plan and report take their names when they are imported, and can
+    # be called themselves.
     return getattr(importlib.import_module(home), name)
 
 

@@ -24,6 +24,7 @@ _VERBS = {
     "fuse": "Fold adapters into a base, or a model's own structure, to plain weights.",
     "inspect": "Show what is in a model: tensors, layers, sizes.",
     "diff": "Compare two models, tensor by tensor.",
+    "report": "See models before a merge, or what a merge has done: a page, JSON or text.",
     "extract": "Take what a fine-tune changed as an adapter.",
     "adapter": "Look at adapters, combine and convert them.",
     "bundle": "Keep several fine-tunes of one base in one small folder.",

@@ -169,7 +169,7 @@ class _Making:
         own = subject.members[: subject.voters]
         pairs = [k for k, pair in enumerate(self.quantities.pairs) if pair[0] in own and pair[1] in own]
         found = Entries.none(voters)
-        found.add(entries, own, pairs)
+        found.add(entries, list(own), pairs)
         return found
 
     def report(self) -> Report:

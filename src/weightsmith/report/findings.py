@@ -709,6 +709,19 @@ class Report:
     findings: tuple[Finding, ...] = ()
     advice: tuple[Finding, ...] = ()
 
+    def frames(self, library: str = "pandas") -> dict[str, Any]:
+        """Return every table as a data frame: see :func:`weightsmith.report.frames.frames`.
+
+        Args:
+            library: ``pandas`` or ``polars``.
+
+        Raises:
+            ReportError: if the library is another, or not installed.
+        """
+        from weightsmith.report.frames import frames
+
+        return frames(self, library)
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values; ``format`` is the number of the schema. All numbers are finite."""
         from pydantic import TypeAdapter
