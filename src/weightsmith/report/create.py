@@ -14,12 +14,13 @@ from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.engine.threads import ThreadMapper, default_threads
 from weightsmith.recipe.schema import Recipe
 from weightsmith.report import facts
-from weightsmith.report.distribution import SAMPLE, SAMPLE_RULE, Entries, histograms, overlaps
-from weightsmith.report.findings import Health, Nonfinite, Report, Rows, Sampling, Scope, Scoped, TensorFacts, Timing
+from weightsmith.report.advice import with_conclusions
+from weightsmith.report.distribution import SAMPLE, SAMPLE_RULE, histograms, overlaps
+from weightsmith.report.findings import Health, Nonfinite, Report, Rows, Sampling, Scoped, TensorFacts, Timing
 from weightsmith.report.inputs import Inputs, find_inputs
 from weightsmith.report.measure import Findings, Subject, measure_all, subjects
 from weightsmith.report.quantities import Quantities
-from weightsmith.report.scopes import OfTensor, Scopes
+from weightsmith.report.scopes import Distributions, OfTensor, Scopes
 from weightsmith.report.spectra import CHOICE_RULE, METHOD_RULE, Spectra, choose, decompose
 
 
@@ -60,7 +61,7 @@ def report(
         chosen = choose(making.subjects, making.architecture, patterns)
     making.timings.append(Timing("open", time.monotonic() - started, 0))
     making.run(chosen, threads or default_threads(), progress or Silent(), by_pattern=bool(patterns))
-    return making.report()
+    return with_conclusions(making.report())
 
 
 class _Making:
@@ -80,8 +81,8 @@ class _Making:
         self.sampling: list[Sampling] = []
         self.nonfinite: list[Nonfinite] = []
         self.rows: list[Rows] = []
-        self.tensors: list[TensorFacts] = []
         self.measured: list[OfTensor] = []
+        self.distributions = Distributions(len(models))
         self.looked_at = self.of = 0
         self.spectra = Spectra((), ())
 
@@ -109,7 +110,7 @@ class _Making:
             ]
         candidates = sum(one.voters > 0 and len(one.tensors[0].shape) > 1 for one in self.subjects)
         rule = "those whose names fit the patterns that were given" if by_pattern else CHOICE_RULE
-        method = "" if self.exact else f"; {METHOD_RULE}"
+        method = "" if all(one.exact for one in self.spectra.spectra) else f"; {METHOD_RULE}"
         if candidates:
             self.sampling += [
                 Sampling(statistic, rule + method, len(chosen), candidates, "matrices")
@@ -140,44 +141,32 @@ class _Making:
             )
         if len(subject.tensors) == 1:
             return
-        scope = Scope(facts.layer_of(self.architecture, subject.name), component(subject.name), subject.name)
-        numbers, peaks = self.quantities.spread(layout, subject.members, found.measured)
-        self.measured.append(OfTensor(scope, numbers, peaks, self._spread(subject, found.entries)))
-        self.tensors.append(
-            TensorFacts(
-                name=subject.name,
-                layer=str(scope.layer),
-                component=str(scope.component),
-                shape=subject.tensors[0].shape,
-                dtypes={
-                    sides[side + 1].label: dtypes.name_of(tensor.dtype)
-                    for side, tensor in zip(slots, subject.tensors, strict=True)
-                },
-            )
+        fact = TensorFacts(
+            name=subject.name,
+            layer=facts.layer_of(self.architecture, subject.name),
+            component=component(subject.name),
+            shape=subject.tensors[0].shape,
+            dtypes={
+                sides[side + 1].label: dtypes.name_of(tensor.dtype)
+                for side, tensor in zip(slots, subject.tensors, strict=True)
+            },
         )
-        if subject.voters:
+        self.measured.append(OfTensor(fact, *self.quantities.spread(layout, subject.members, found.measured)))
+        if found.entries is not None:
+            own = subject.members[: subject.voters]
+            self.distributions.add(fact, found.entries, own, self.quantities.places_of_pairs(own))
             self.of += subject.size
             self.looked_at += subject.size if self.exact else min(subject.size, SAMPLE)
-
-    def _spread(self, subject: Subject, entries: Entries | None) -> Entries | None:
-        """Put what is known of the entries of some models into their place among all."""
-        if entries is None:
-            return None
-        voters = self.quantities.voters
-        if subject.voters == voters:
-            return entries
-        own = subject.members[: subject.voters]
-        pairs = [k for k, pair in enumerate(self.quantities.pairs) if pair[0] in own and pair[1] in own]
-        found = Entries.none(voters)
-        found.add(entries, list(own), pairs)
-        return found
 
     def report(self) -> Report:
         """Put everything together."""
         inputs, quantities = self.inputs, self.quantities
         labels = self.labels[: quantities.voters]
-        layers = facts.layers_of(self.architecture, [one.layer for one in self.tensors])
-        scopes = Scopes(self.measured, layers, quantities.voters)
+        layers = facts.layers_of(self.architecture, [one.facts.layer for one in self.measured])
+        scopes = Scopes(self.measured, layers)
+        tensors = tuple(one.facts for one in scopes.tensors)
+        components = {one.component for one in tensors}
+        place = {one.name: number for number, one in enumerate(tensors)}
         tokens, notes = facts.vocabularies(inputs.sides)
         models = tuple(facts.describe(*pair) for pair in zip(inputs.sides, tokens, strict=True))
         return Report(
@@ -189,18 +178,18 @@ class _Making:
             models=models[1 : 1 + len(labels)],
             result=None if inputs.result is None else models[-1],
             layers=layers,
-            components=tuple(one for one in COMPONENTS if any(one == fact.component for fact in self.tensors)),
-            tensors=tuple(self.tensors),
+            components=tuple(one for one in COMPONENTS if one in components),
+            tensors=tensors,
             changes=scopes.rows(quantities.changes),
             agreements=scopes.rows(quantities.agreements),
             conflicts=scopes.rows(quantities.conflict),
-            overlaps=scopes.rows_of_entries(
-                lambda scope, found: overlaps(scope, labels, found), ("total", "components", "layers")
+            overlaps=self.distributions.rows(
+                ("total", "components", "layers"), layers, lambda scope, found: overlaps(scope, labels, found)
             ),
-            subspaces=self.spectra.subspaces,
-            spectra=self.spectra.spectra,
-            histograms=scopes.rows_of_entries(
-                lambda scope, found: histograms(scope, labels, found), ("total", "components")
+            subspaces=tuple(sorted(self.spectra.subspaces, key=lambda row: place[row.tensor])),
+            spectra=tuple(sorted(self.spectra.spectra, key=lambda row: place[row.tensor])),
+            histograms=self.distributions.rows(
+                ("total", "components"), layers, lambda scope, found: histograms(scope, labels, found)
             ),
             health=Health(
                 nonfinite=tuple(self.nonfinite),

@@ -32,7 +32,9 @@ def frames(report: Report, library: str = "pandas") -> dict[str, Any]:
         ReportError: if the library is another, or not installed.
     """
     if library not in LIBRARIES:
-        raise ReportError(f"{library!r} makes no data frames here{did_you_mean(library, LIBRARIES)}; use pandas or polars")
+        raise ReportError(
+            f"{library!r} makes no data frames here{did_you_mean(library, LIBRARIES)}; use pandas or polars"
+        )
     try:
         module = importlib.import_module(library)
     except ImportError as error:
@@ -83,4 +85,3 @@ def _rows(one: Any) -> list[dict[str, Any]]:
         {**row, **{singular[name]: value for name, value in zip(by_model, values, strict=True)}}
         for values in zip(*by_model.values(), strict=True)
     ]
-

@@ -35,6 +35,10 @@ class Quantities:
         """Each two models that are to be merged."""
         return list(itertools.combinations(range(self.voters), 2))
 
+    def places_of_pairs(self, models: Sequence[int]) -> list[int]:
+        """Return where the pairs of some models stand among the pairs of all."""
+        return _places_of_pairs(self.voters, tuple(models))
+
     @cached_property
     def places(self) -> dict[str, slice]:
         """Name -> where its numbers stand.
@@ -94,7 +98,7 @@ class Quantities:
             self.of(numbers, name)[own] = value
         if layout.elects:
             self.of(numbers, "against")[voters] = sums[layout.sums["against"]]
-            places = _places_of_pairs(self.voters, tuple(voters))
+            places = self.places_of_pairs(voters)
             equal, both, one_way = counts[layout.counts["pairs"]].reshape(-1, 3).T
             for name, value in {
                 "compared": finite,
@@ -225,7 +229,6 @@ def _square(layout: Layout, products: Array) -> Array:
 
 @cache
 def _places_of_pairs(voters: int, members: tuple[int, ...]) -> list[int]:
-    """Return where the pairs of some models stand among the pairs of all."""
     places = {pair: place for place, pair in enumerate(itertools.combinations(range(voters), 2))}
     return [places[pair] for pair in itertools.combinations(members, 2)]
 

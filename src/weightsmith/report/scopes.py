@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,89 +11,122 @@ import numpy as np
 from weightsmith.architecture.components import COMPONENTS
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.report.distribution import Entries
-from weightsmith.report.findings import Layer, Scope, Scoped
+from weightsmith.report.findings import Layer, Scope, Scoped, TensorFacts
 
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class OfTensor:
-    """What was found of a tensor: its sums and largest magnitudes, and how its entries are distributed.
+    """What was found of a tensor.
 
     Attributes:
-        scope: the tensor.
-        numbers: see :class:`weightsmith.report.quantities.Quantities`.
+        facts: the tensor.
+        numbers: its sums, see :class:`weightsmith.report.quantities.Quantities`.
         peaks: ``[models]``, the largest magnitude of each task vector.
-        entries: of the models that are to be merged; None where none of them holds the tensor.
     """
 
-    scope: Scope
+    facts: TensorFacts
     numbers: Array
     peaks: Array
-    entries: Entries | None
+
+    @property
+    def scope(self) -> Scope:
+        """The tensor as a scope."""
+        return Scope(self.facts.layer, self.facts.component, self.facts.name)
+
+
+class Distributions:
+    """How entries are distributed over everything, per component and per layer; of single tensors nothing is kept."""
+
+    def __init__(self, models: int) -> None:
+        """Start with nothing, of so many models that are to be merged."""
+        self._models = models
+        self._found: dict[str, dict[Scope, Entries]] = {"total": {}, "components": {}, "layers": {}}
+
+    def add(self, facts: TensorFacts, entries: Entries, models: Sequence[int], pairs: Sequence[int]) -> None:
+        """Add a tensor.
+
+        Args:
+            facts: the tensor.
+            entries: how its entries are distributed, of the models that hold it.
+            models: the numbers of these models.
+            pairs: the numbers of their pairs.
+        """
+        scopes = {
+            "total": Scope(),
+            "components": Scope(component=facts.component),
+            "layers": Scope(layer=facts.layer),
+        }
+        for table, scope in scopes.items():
+            known = self._found[table]
+            if scope not in known:
+                known[scope] = Entries.none(self._models)
+            known[scope].add(entries, list(models), list(pairs))
+
+    def rows(
+        self, tables: Sequence[str], layers: Sequence[Layer], make: Callable[[Scope, Entries], Iterable[Row]]
+    ) -> Scoped[Row]:
+        """Return the rows of a table.
+
+        Args:
+            tables: which of the scopes it has.
+            layers: all layers, in order.
+            make: is given each scope, and what is known of its entries.
+        """
+        rank = _rank(layers)
+
+        def of_table(name: str) -> Iterator[Row]:
+            for scope in sorted(self._found[name], key=rank):
+                yield from make(scope, self._found[name][scope])
+
+        return Scoped(**{name: tuple(of_table(name)) for name in tables})
 
 
 class Scopes:
-    """Sums over every scope of a report."""
+    """Sums over every scope of a report.
 
-    def __init__(self, tensors: Sequence[OfTensor], layers: Sequence[Layer], voters: int) -> None:
+    Attributes:
+        tensors: the tensors in the order of layers and components.
+    """
+
+    def __init__(self, tensors: Sequence[OfTensor], layers: Sequence[Layer]) -> None:
         """Add up.
 
         Args:
-            tensors: what was found, in order.
+            tensors: what was found.
             layers: all layers, in order.
-            voters: how many models are to be merged.
         """
-        self._tensors = tensors
-        self._voters = voters
-        order = {layer.key: place for place, layer in enumerate(layers)}
-        kinds = {name: place for place, name in enumerate(COMPONENTS)}
-
-        def rank(scope: Scope) -> tuple[int, int]:
-            return order.get(scope.layer or "", -1), kinds.get(scope.component or "", -1)
+        rank = _rank(layers)
+        self.tensors = sorted(tensors, key=lambda one: rank(one.scope))
 
         def grouped(key: Callable[[Scope], Scope]) -> dict[Scope, list[OfTensor]]:
             found: dict[Scope, list[OfTensor]] = {}
-            for one in tensors:
+            for one in self.tensors:
                 found.setdefault(key(one.scope), []).append(one)
             return {scope: found[scope] for scope in sorted(found, key=rank)}
 
-        self._groups: Mapping[str, dict[Scope, list[OfTensor]]] = {
+        groups = {
             "total": grouped(lambda scope: Scope()),
             "components": grouped(lambda scope: Scope(component=scope.component)),
             "layers": grouped(lambda scope: Scope(layer=scope.layer)),
             "cells": grouped(lambda scope: Scope(scope.layer, scope.component)),
-            "tensors": {one.scope: [one] for one in tensors},
+            "tensors": grouped(lambda scope: scope),
         }
         self._sums = {
-            name: [(scope, *_summed(members)) for scope, members in groups.items()]
-            for name, groups in self._groups.items()
+            name: [(scope, *_summed(members)) for scope, members in found.items()] for name, found in groups.items()
         }
 
     def rows(self, make: Callable[[Scope, Array, Array], Iterable[Row]]) -> Scoped[Row]:
         """Return the rows of a table: ``make`` is given each scope, its sums and its largest magnitudes."""
         return Scoped(**{name: tuple(row for one in sums for row in make(*one)) for name, sums in self._sums.items()})
 
-    def rows_of_entries(self, make: Callable[[Scope, Entries], Iterable[Row]], tables: Sequence[str]) -> Scoped[Row]:
-        """Return the rows of a table on the distribution of entries, at some scopes alone.
 
-        Args:
-            make: is given each scope, and what is known of its entries.
-            tables: the scopes: ``total``, ``components``, ``layers``.
-        """
-
-        def of_table(name: str) -> Iterator[Row]:
-            for scope, members in self._groups[name].items():
-                yield from make(scope, self._all(members))
-
-        return Scoped(**{name: tuple(of_table(name)) for name in tables})
-
-    def _all(self, members: Iterable[OfTensor]) -> Entries:
-        found = Entries.none(self._voters)
-        for one in members:
-            if one.entries is not None:
-                found.add(one.entries, slice(None), slice(None))
-        return found
+def _rank(layers: Sequence[Layer]) -> Callable[[Scope], tuple[int, int]]:
+    """Return what scopes are sorted by: layer, then component."""
+    order = {layer.key: place for place, layer in enumerate(layers)}
+    kinds = {name: place for place, name in enumerate(COMPONENTS)}
+    return lambda scope: (order.get(scope.layer or "", -1), kinds.get(scope.component or "", -1))
 
 
 def _summed(members: Sequence[OfTensor]) -> tuple[Array, Array]:
