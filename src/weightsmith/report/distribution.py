@@ -96,10 +96,13 @@ class Entries:
         own = [np.zeros((models, *shape)) for shape in shapes]
         return cls(*own, *(np.zeros((pairs, *shape)) for shape in ((tops, 2), (tops,), (tops,), ())))
 
-    def add(self, other: Entries, models: Sequence[int] | slice, pairs: Sequence[int] | slice) -> None:
-        """Add what is known of some models and pairs to this, in place."""
+    def add_values(self, other: Entries, models: Sequence[int]) -> None:
+        """Add, in place, what histograms are made of; ``other`` is about some of the models."""
         for name in ("looked_at", "entries", "bins", "powers"):
             getattr(self, name)[models] += getattr(other, name)
+
+    def add_sets(self, other: Entries, pairs: Sequence[int]) -> None:
+        """Add, in place, what overlaps are made of; ``other`` is about some of the pairs."""
         for name in ("sets", "common", "chance", "compared"):
             getattr(self, name)[pairs] += getattr(other, name)
 

@@ -43,8 +43,17 @@ def find_rows(sides: Sequence[int], found: Sequence[RowHashes]) -> dict[int, Dea
         found: the rows of each.
     """
     base = found[0].zero if sides[0] == -1 else None
-    rows = {side: _rows_of(one, None if side == -1 else base) for side, one in zip(sides, found, strict=True)}
-    return {side: one for side, one in rows.items() if one.dead or one.duplicated}
+    return {
+        side: _rows_of(one, None if side == -1 else base)
+        for side, one in zip(sides, found, strict=True)
+        if one.zero.any() or _are_repeated(one.hashes)
+    }
+
+
+def _are_repeated(hashes: Array) -> bool:
+    """Whether a hash occurs twice: in most tensors none does, and there are many tensors."""
+    ordered = np.sort(hashes)
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def _rows_of(found: RowHashes, base: Array | None) -> DeadRows:

@@ -37,7 +37,10 @@ class OfTensor:
 
 
 class Distributions:
-    """How entries are distributed over everything, per component and per layer; of single tensors nothing is kept."""
+    """How entries are distributed over everything, per component, and per layer as far as overlaps go.
+
+    Of single tensors nothing is kept: there may be many.
+    """
 
     def __init__(self, models: int) -> None:
         """Start with nothing, of so many models that are to be merged."""
@@ -62,7 +65,9 @@ class Distributions:
             known = self._found[table]
             if scope not in known:
                 known[scope] = Entries.none(self._models)
-            known[scope].add(entries, list(models), list(pairs))
+            known[scope].add_sets(entries, list(pairs))
+            if table != "layers":
+                known[scope].add_values(entries, list(models))
 
     def rows(
         self, tables: Sequence[str], layers: Sequence[Layer], make: Callable[[Scope, Entries], Iterable[Row]]
