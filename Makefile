@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint types unit docs coverage benchmark quality fuzz clean
 
 # The core alone: what a person who merges models needs.
-$(VENV)/.core: requirements/core.txt pyproject.toml hatch_build.py $(wildcard src/weightsmith/kernels/native/*.c)
+$(VENV)/.core: requirements/core.txt pyproject.toml hatch_build.py $(wildcard src/weightsmith/kernels/native/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements/core.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .

@@ -71,6 +71,10 @@ def test_a_saved_report_is_shown_without_its_models(family, capsys, tmp_path):
     assert "x" in out
     saved.write_text("[1]")
     assert run(capsys, saved, "--text")[2].startswith("error: ")
+    content = report.to_json()
+    content["changes"]["total"][0]["mass"] = float("inf")
+    saved.write_text(json.dumps(content))
+    assert "is no JSON" in run(capsys, saved, "--text")[2]
     saved.write_text("{")
     assert "is no JSON" in run(capsys, saved, "--text")[2]
 

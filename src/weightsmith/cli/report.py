@@ -99,6 +99,8 @@ def _saved(sources: tuple[str, ...]) -> Report | None:
 
     try:
         content: Any = json.loads(Path(sources[0]).read_text("utf-8"))
+        # Python reads NaN, infinity and numbers beyond them, which JSON does not have.
+        json.dumps(content, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{sources[0]} is no JSON: {error}") from error
     if not isinstance(content, dict):

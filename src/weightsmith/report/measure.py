@@ -26,6 +26,8 @@ from weightsmith.report.rows import LONGEST_ROW, SHORTEST_ROW, DeadRows, RowHash
 
 # Entries that are measured at a time. Sums depend on it in their last digits, so it is part of what a figure is.
 BLOCK = 1 << 18
+# Tensors of up to so many entries are the work of one thread, so many at a time.
+_SMALL, _TOGETHER = 1 << 15, 32
 # Bytes that are asked for ahead of the work at a time.
 _STEP = 8 << 20
 _FLOAT32 = np.dtype(np.float32)
@@ -137,42 +139,42 @@ def measure_all(
         CheckpointError: if a tensor cannot be read.
     """
     shared: dict[int, Any] = {}
-    works: deque[_Work] = deque()
-    finishing: deque[tuple[_Work, Future[Findings]]] = deque()
-    with ReadAhead(_ahead(tensors)) as ahead:
+    finishing: deque[Future[list[Findings]]] = deque()
 
-        def stretches() -> Iterator[tuple[_Work, int, int]]:
-            for subject in tensors:
-                work = _Work(subject, Evaluator(shared), exact)
-                work.prepare()
-                works.append(work)
+    def pieces() -> Iterator[_Piece]:
+        small: list[_Work] = []
+        for subject in tensors:
+            work = _Work(subject, Evaluator(shared), exact)
+            work.prepare(mapper)
+            if subject.size <= _SMALL:
+                small.append(work)
+            if small and (subject.size > _SMALL or len(small) == _TOGETHER):
+                yield _Piece(tuple(small))
+                small = []
+            if subject.size > _SMALL:
                 for start, stop in work.stretches():
-                    yield work, start, stop
+                    yield _Piece((work,), (start, stop))
+        if small:
+            yield _Piece(tuple(small))
 
-        def visit(stretch: tuple[_Work, int, int]) -> tuple[_Work, _Part]:
-            work, start, stop = stretch
-            return work, work.visit(start, stop)
+    def finished(most: int) -> Iterator[Findings]:
+        while len(finishing) > most:
+            for found in finishing.popleft().result():
+                listener.tensor_done(found.subject.name)
+                yield found
 
-        def finish(work: _Work) -> None:
-            listener.tensor_done(work.subject.name)
-            finishing.append((work, mapper.submit(work.finish)))
-
-        def finished(most: int) -> Iterator[Findings]:
-            while len(finishing) > most:
-                yield finishing.popleft()[1].result()
-
-        for work, part in mapper(visit, stretches()):
-            while works[0] is not work:
-                # An empty tensor has no stretches.
-                finish(works.popleft())
-            work.parts.append(part)
-            ahead.worked(part.nbytes)
-            listener.advance(part.nbytes)
-            if len(work.parts) == work.number:
-                finish(works.popleft())
+    with ReadAhead(_ahead(tensors)) as ahead:
+        for piece, done in mapper(_visit, pieces()):
+            ahead.worked(done.nbytes)
+            listener.advance(done.nbytes)
+            if isinstance(done, _Part):
+                (work,) = piece.works
+                work.parts.append(done)
+                if len(work.parts) == work.number:
+                    finishing.append(mapper.submit(lambda work=work: [work.finish()]))
+            else:
+                finishing.append(_known(done.findings))
             yield from finished(2 * mapper.threads)
-        while works:
-            finish(works.popleft())
         yield from finished(0)
 
 
@@ -183,6 +185,14 @@ class _Part:
     measured: Measured
     sample: Array | None
     rows: tuple[tuple[Array, Array], ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Wholes:
+    """What was found of small tensors, each at once: to hand one of them from thread to thread costs more than it."""
+
+    findings: list[Findings]
     nbytes: int
 
 
@@ -202,10 +212,10 @@ class _Work:
         self.layout = Layout(compared, self.subject.voters)
         self.number = sum(1 for _ in self.stretches())
 
-    def prepare(self) -> None:
+    def prepare(self, mapper: ThreadMapper) -> None:
         """Compute the statistics that computed tensors rest on."""
         for tensor in self.subject.tensors:
-            self.evaluator.prepare(tensor)
+            self.evaluator.prepare(tensor, mapper)
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """Yield the blocks, which cut no row that is looked at."""
@@ -257,6 +267,35 @@ class _Work:
             return tensor.read_into(start, stop, buffer)
         working = tensor.working if isinstance(tensor, Computed) else dtypes.working_dtype([tensor.dtype])
         return np.ascontiguousarray(self.evaluator.values(tensor, start, stop, working))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one thread does at a time: a stretch of one tensor, or small tensors whole (no stretch)."""
+
+    works: tuple[_Work, ...]
+    stretch: tuple[int, int] | None = None
+
+
+def _visit(piece: _Piece) -> tuple[_Piece, _Part | _Wholes]:
+    """Read and measure a piece."""
+    if piece.stretch is not None:
+        (work,) = piece.works
+        return piece, work.visit(*piece.stretch)
+    findings, nbytes = [], 0
+    for work in piece.works:
+        # An empty tensor has no stretches.
+        work.parts += [work.visit(*stretch) for stretch in work.stretches()]
+        nbytes += work.subject.nbytes
+        findings.append(work.finish())
+    return piece, _Wholes(findings, nbytes)
+
+
+def _known(findings: list[Findings]) -> Future[list[Findings]]:
+    """Return what is known already, among what is waited for."""
+    future: Future[list[Findings]] = Future()
+    future.set_result(findings)
+    return future
 
 
 def _task_vectors(arrays: Sequence[Array]) -> Array:
