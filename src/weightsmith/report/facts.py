@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
 
@@ -16,7 +16,7 @@ from weightsmith.inspection import text_of, texts_of
 from weightsmith.plan.vocabularies import token_rows
 from weightsmith.report.findings import Difference, DtypeShare, Layer, Model, TokenDifference, Vocabulary
 from weightsmith.report.inputs import Side
-from weightsmith.tokenizer.vocabulary import read_vocabulary
+from weightsmith.tokenizer.tokenizer import read_tokenizer
 
 BEFORE, AFTER = "before", "after"
 # Tokens that are shown of those that differ.
@@ -48,7 +48,7 @@ def layers_of(architecture: Architecture, keys: Sequence[str]) -> tuple[Layer, .
     return tuple(layer for layer in everything if layer.key in known)
 
 
-def describe(side: Side, vocabulary: dict[str, int] | None) -> Model:
+def describe(side: Side, vocabulary: Mapping[str, int] | None) -> Model:
     """Return what is known of a model without its weights.
 
     Args:
@@ -80,13 +80,14 @@ def describe(side: Side, vocabulary: dict[str, int] | None) -> Model:
     )
 
 
-def vocabularies(sides: Sequence[Side]) -> tuple[list[dict[str, int] | None], list[str]]:
+def vocabularies(sides: Sequence[Side]) -> tuple[list[Mapping[str, int] | None], list[str]]:
     """Return the tokens of each model, and what a person should know of those that cannot be read."""
-    found: list[dict[str, int] | None] = []
+    found: list[Mapping[str, int] | None] = []
     notes = []
     for side in sides:
         try:
-            found.append(read_vocabulary(side.checkpoint.companions.files))
+            tokenizer = read_tokenizer(side.checkpoint.companions.files, side.reference)
+            found.append(None if tokenizer is None else tokenizer.vocabulary)
         except CheckpointError as error:
             found.append(None)
             notes.append(f"the tokens of {side.label} are not known: {error}")
@@ -94,7 +95,7 @@ def vocabularies(sides: Sequence[Side]) -> tuple[list[dict[str, int] | None], li
 
 
 def token_differences(
-    sides: Sequence[Side], vocabularies: Sequence[dict[str, int] | None]
+    sides: Sequence[Side], vocabularies: Sequence[Mapping[str, int] | None]
 ) -> Iterator[TokenDifference]:
     """Yield how vocabularies differ from the base's, the first."""
     base = vocabularies[0]
@@ -108,7 +109,7 @@ def token_differences(
         yield TokenDifference(side.label, len(added), len(removed), len(moved), examples)
 
 
-def _fingerprint(vocabulary: dict[str, int]) -> str:
+def _fingerprint(vocabulary: Mapping[str, int]) -> str:
     found = xxhash.xxh3_64()
     for token, number in sorted(vocabulary.items(), key=lambda entry: (entry[1], entry[0])):
         found.update(f"{number}\0{token}\0".encode("utf-8", "surrogatepass"))
