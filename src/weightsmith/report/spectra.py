@@ -15,11 +15,12 @@ from weightsmith.architecture.components import component
 from weightsmith.architecture.stacks import Architecture
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.evaluate import Evaluator, blocks
+from weightsmith.engine.plan import MATRIX_MEMORY
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import ThreadMapper
 from weightsmith.errors import ReportError, did_you_mean
+from weightsmith.methods.matrices import Decomposition, effective_rank, leading_of, leading_work, sides, spectrum
 from weightsmith.methods.matrices import Spectrum as Decomposed
-from weightsmith.methods.matrices import effective_rank, leading_of, sides, spectrum
 from weightsmith.report.facts import layer_of
 from weightsmith.report.findings import ENERGIES, Spectrum, Subspace
 from weightsmith.report.measure import BLOCK, Subject
@@ -90,7 +91,8 @@ def decompose(
     """Decompose the task matrices of models.
 
     Args:
-        chosen: the matrices; each thread holds one of them at a time, of one model.
+        chosen: the matrices; each thread holds one of them at a time, of one model, and fewer threads work where
+            several would take more memory than merges allow themselves.
         labels: of the models.
         architecture: the base's layers.
         mapper: what works on matrices, with linear algebra kept to one thread each.
@@ -106,7 +108,8 @@ def decompose(
         listener.advance(subject.nbytes)
         return found
 
-    found = list(mapper(one, chosen))
+    largest = max((_memory(subject, exact) for subject in chosen), default=1)
+    found = list(mapper.limited(min(2 * mapper.threads, max(MATRIX_MEMORY // largest, 1)))(one, chosen))
     return Spectra(
         tuple(row for part in found for row in part.spectra), tuple(row for part in found for row in part.subspaces)
     )
@@ -115,6 +118,19 @@ def decompose(
 def _is_matrix(subject: Subject) -> bool:
     shape = subject.tensors[0].shape
     return len(shape) >= 2 and min(sides(shape)) > 1
+
+
+def _is_complete(shape: tuple[int, int], exact: bool) -> bool:
+    """Whether all singular values of a matrix are computed."""
+    return exact or min(shape) <= max(_EXACT_SIDE, _COMPUTED)
+
+
+def _memory(subject: Subject, exact: bool) -> int:
+    """Return about how many bytes it takes to decompose a matrix: itself, and what the decomposition holds."""
+    shape = sides(subject.tensors[0].shape)
+    how: Decomposition = "exact" if _is_complete(shape, exact) else "randomized"
+    rank = min(shape) if how == "exact" else _COMPUTED
+    return (subject.size + leading_work(*shape, rank, how).elements) * 4
 
 
 def _of_subject(subject: Subject, labels: Sequence[str], layer: str, exact: bool) -> Spectra:
@@ -126,7 +142,7 @@ def _of_subject(subject: Subject, labels: Sequence[str], layer: str, exact: bool
         if not np.isfinite(matrix).all():
             # Its NaN are told of; it has no singular values.
             continue
-        complete = exact or min(rows, columns) <= max(_EXACT_SIDE, _COMPUTED)
+        complete = _is_complete((rows, columns), exact)
         found = spectrum(xp, matrix) if complete else spectrum(xp, matrix, _COMPUTED, "randomized")
         spectra.append(_row(subject.name, layer, labels[model], matrix, found, complete))
         if found.rank(xp) >= count:
@@ -169,7 +185,9 @@ def _shared(product: Array, count: int) -> float:
 
 def _row(name: str, layer: str, label: str, matrix: Array, found: Decomposed, complete: bool) -> Spectrum:
     values = np.asarray(found.values, np.float64)
-    energy = float(np.sum(np.square(matrix, dtype=np.float64)))
+    flat = matrix.reshape(-1)
+    parts = (flat[start:stop].astype(np.float64) for start, stop in blocks(flat.size, 1, BLOCK))
+    energy = math.fsum(float(part @ part) for part in parts)
     kept = values[: found.rank(xp)] if energy else values[:0]
     sums = np.cumsum(np.square(values))
     indices = sorted({round(math.exp(math.log(len(values)) * i / (_LISTED - 1))) for i in range(_LISTED)})
