@@ -72,7 +72,14 @@ class Page:
 
     def run(self, script: str) -> Any:
         """Return what an expression gives, or what its promise does."""
-        reply = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        # What a test runs obeys the page's policy as well.
+        reply = self.send(
+            "Runtime.evaluate",
+            expression=script,
+            awaitPromise=True,
+            returnByValue=True,
+            allowUnsafeEvalBlockedByCSP=False,
+        )
         if "exceptionDetails" in reply:
             raise AssertionError(f"{script}: {reply['exceptionDetails']['exception'].get('description')}")
         return reply["result"].get("value")

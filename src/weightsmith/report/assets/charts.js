@@ -1,6 +1,6 @@
 // The plots: heat maps, matrices, lines, dots and bars.
 
-const LABELS = 108;
+const LABELS = 104;
 
 /** How wide the cells of heat maps are, and how many maps stand side by side.
  * @param {Data} data
@@ -8,9 +8,9 @@ const LABELS = 108;
  * @param {number} width */
 function cellWidth(data, count, width) {
   const columns = data.layers.length;
-  const across = Math.max(1, Math.min(count, Math.floor((width + 24) / (LABELS + 9 * columns + 32))));
+  const across = Math.max(1, Math.min(count, Math.floor((width + 24) / (LABELS + 9 * columns + 36))));
   const room = (width + 24) / across - 24 - LABELS - 12;
-  return Math.max(8, Math.min(26, room / columns));
+  return Math.max(7, Math.min(26, room / columns));
 }
 
 /**
@@ -117,8 +117,8 @@ function matrix(names, values, measure, scale) {
  */
 function lines(data, series, measure, width) {
   const { series: shades, grid, quiet } = theme();
-  const left = 56;
-  const step = Math.min(40, Math.max(9, (Math.min(width, 1000) - left - 30) / data.layers.length));
+  const left = 52;
+  const step = Math.min(56, Math.max(8, (Math.min(width, 1000) - left - 30) / data.layers.length));
   const rows = (/** @type {Series} */ one) =>
     one.values.map((value, layer) => ({ layer, value: value ?? NaN, part: stretch(data, layer) }));
   const known = series.flatMap((one) => one.values.filter((value) => value !== null));
@@ -133,13 +133,13 @@ function lines(data, series, measure, width) {
   });
   const made = picture({
     width: left + step * data.layers.length + 30,
-    height: 300,
+    height: 314,
     marginLeft: left,
     marginRight: 30,
-    marginTop: 14,
+    marginTop: 28,
     marginBottom: 42,
     x: { ...layerAxis(data, step), type: "point", padding: 0.5 },
-    y: { label: null, nice: true, zero: measure.pivot === undefined || measure.pivot === 0, tickFormat: tickFormat(measure.unit), ticks: 6, domain: reach(known, measure) },
+    y: { ...named(measure.label), nice: true, zero: measure.pivot === undefined || measure.pivot === 0, tickFormat: tickFormat(measure.unit), ticks: 6, domain: reach(known, measure) },
     marks: [Plot.gridY({ stroke: grid, strokeOpacity: 1, ticks: 6 }), measure.pivot === undefined ? null : Plot.ruleY([measure.pivot], { stroke: quiet }), ...marks],
   });
   const points = series
@@ -153,6 +153,12 @@ function lines(data, series, measure, width) {
     );
   reachable(made, points, `${measure.label}, layer by layer.`);
   return panel("", made);
+}
+
+/** An axis says above its end what it measures.
+ * @param {string} label */
+function named(label) {
+  return { label, labelAnchor: "top", labelArrow: "none" };
 }
 
 /** What an axis must hold: all values, and what they are measured from.
@@ -222,7 +228,7 @@ function dots(values, measure, width) {
 function bars(data, series, measure, width) {
   const { series: shades, grid, ink } = theme();
   const left = 56;
-  const step = Math.min(40, Math.max(10, (Math.min(width, 1000) - left - 30) / data.layers.length));
+  const step = Math.min(56, Math.max(10, (Math.min(width, 1000) - left - 30) / data.layers.length));
   const rows = data.layers.flatMap((_, layer) => {
     let [up, down] = [0, 0];
     return series.flatMap((one) => {
@@ -236,13 +242,13 @@ function bars(data, series, measure, width) {
   });
   const made = picture({
     width: left + step * data.layers.length + 30,
-    height: 300,
+    height: 314,
     marginLeft: left,
     marginRight: 30,
-    marginTop: 14,
+    marginTop: 28,
     marginBottom: 42,
     x: { ...layerAxis(data, step), type: "band", padding: 0.12 },
-    y: { label: null, tickFormat: tickFormat(measure.unit), ticks: 6, nice: true },
+    y: { ...named(measure.label), tickFormat: tickFormat(measure.unit), ticks: 6, nice: true },
     marks: [
       Plot.gridY({ stroke: grid, strokeOpacity: 1, ticks: 6 }),
       Plot.barY(rows, { x: "layer", y1: "low", y2: "high", fill: "shade", inset: 0.4 }),
@@ -278,13 +284,13 @@ function curves(curves, options) {
   });
   const made = picture({
     width: Math.max(330, Math.min(options.width, 900)),
-    height: 320,
+    height: 334,
     marginLeft: 60,
     marginRight: 24,
-    marginTop: 14,
+    marginTop: 28,
     marginBottom: 42,
     x: { type: "log", label: options.x, labelArrow: "none", tickFormat: tickFormat("norm", true), ticks: Math.max(4, options.width / 90) },
-    y: { label: null, ...options.y },
+    y: options.y,
     marks: [Plot.gridY({ stroke: grid, strokeOpacity: 1, ticks: 6 }), options.step ? Plot.ruleY([0], { stroke: quiet }) : null, ...marks],
   });
   const points = curves.flatMap((one) =>

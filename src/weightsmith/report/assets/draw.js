@@ -81,8 +81,12 @@ function colourOf(scale, value) {
 function ramp(measure, scale) {
   const made = Plot.legend({
     color: scale,
-    width: 260,
-    height: 44,
+    width: 300,
+    height: 50,
+    marginLeft: 20,
+    marginRight: 24,
+    marginTop: 8,
+    marginBottom: 24,
     ticks: 4,
     tickFormat: tickFormat(measure.unit, scale.type === "log"),
     style: { fontFamily: FONT, fontSize: "12px" },
@@ -154,7 +158,7 @@ function layerAxis(data, step) {
   const every = [1, 2, 5, 10, 20, 50, 100].find((one) => one * step >= 22) ?? 200;
   const words = layers.flatMap((one, number) => (one.where === "layer" ? [] : [number]));
   // The words before and after take more room than numbers.
-  const free = (/** @type {number} */ number) => words.every((one) => Math.abs(one - number) * step >= 34);
+  const free = (/** @type {number} */ number) => words.every((one) => Math.abs(one - number) * step >= 26);
   const ticks = layers.flatMap((one, number) =>
     one.where !== "layer" || ((one.index ?? 0) % every === 0 && free(number)) ? [number] : [],
   );

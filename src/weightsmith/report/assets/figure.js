@@ -58,7 +58,9 @@ function figure(id, title, about, controls, draw, note = "") {
     stale = false;
     made.classList.remove("undrawn");
     hideTooltip();
-    drawn = draw(state, Math.max(scroll.clientWidth || made.clientWidth, 280));
+    const room = Math.max(scroll.clientWidth || made.clientWidth, 280);
+    plots.style.setProperty("--room", `${room}px`);
+    drawn = draw(state, room);
     plots.replaceChildren(...drawn.nodes);
     if (!twin.hidden) twin.replaceChildren(sortable(title, drawn.table, kept));
   }

@@ -80,7 +80,7 @@ function aboutReport(data) {
   const licences = document.getElementById("licences");
   return section(
     "about",
-    "About this report",
+    "About",
     element("p", {}, `Made by weightsmith ${data.version}. ${data.exact ? "Nothing was sampled." : "Figures not named here are over all entries."}`),
     titled(
       data.exact ? "What was chosen" : "What was sampled or chosen",

@@ -22,7 +22,7 @@ function matrixNames(data, tensors) {
 /** @param {Data} data */
 function spectra(data) {
   if (!data.spectra.length) return null;
-  return section("spectra", "Spectra of the changes", singularValues(data), ranksNeeded(data));
+  return section("spectra", "Spectra", singularValues(data), ranksNeeded(data));
 }
 
 /** @param {Data} data */
@@ -49,7 +49,7 @@ function singularValues(data) {
       const rows = shown.flatMap((one) => one.indices.map((index, number) => [data.models[one.model].label, index, one.values[number]]));
       const table = tableOf([["Model", "text"], ["Number", "count"], ["Singular value", "norm"]], rows);
       if (!curved.some((one) => one.at.length)) return { nodes: [element("p", { class: "quiet" }, "No model changed this matrix.")], table };
-      const y = { type: "log", tickFormat: tickFormat("norm", true), ticks: 6 };
+      const y = { ...named("singular value"), type: "log", tickFormat: tickFormat("norm", true), ticks: 6 };
       return { nodes: [key(curved), curves(curved, { width, x: "number of the singular value", y, about: "Singular values." })], table };
     },
     sampled(data, "spectra"),
@@ -93,7 +93,7 @@ function subspaces(data) {
   const ranks = [...new Set(data.subspaces.map((one) => one.rank))].sort((one, other) => one - other).join(", ");
   return section(
     "subspaces",
-    "Shared subspaces",
+    "Subspaces",
     figure(
       "subspace-overlap",
       "Do leading singular vectors span the same space?",
@@ -131,7 +131,7 @@ function distributions(data) {
   const parts = data.components.map((_, number) => number).filter((one) => known.some((row) => row.component === one));
   return section(
     "distribution",
-    "Distribution of the changes",
+    "Distribution",
     figure(
       "histogram",
       "How large single changes are",
@@ -146,7 +146,7 @@ function distributions(data) {
         );
         const table = tableOf([["Model", "text"], ["Above", "norm"], ["Up to", "norm"], ["Grew", "share"], ["Fell", "share"]], rows);
         if (!curved.length) return { nodes: [element("p", { class: "quiet" }, "No model changed anything here.")], table };
-        const y = { tickFormat: (/** @type {number} */ value) => tickFormat("share")(Math.abs(value)), ticks: 6 };
+        const y = { ...named("share of the entries"), tickFormat: (/** @type {number} */ value) => tickFormat("share")(Math.abs(value)), ticks: 6 };
         const keys = shown.map((one) => ({ name: data.models[one.model].label, style: data.changed.indexOf(one.model) }));
         return { nodes: [key(keys), curves(curved, { width, x: "size of the change", y, step: true, about: "Distribution of changes." })], table };
       },

@@ -54,7 +54,8 @@ async function png(box, title) {
   const margin = 16;
   const top = 40;
   const outer = box.getBoundingClientRect();
-  const width = Math.max(box.scrollWidth, 320) + 2 * margin;
+  const ends = [...box.querySelectorAll(".drawn, svg")].map((one) => one.getBoundingClientRect().right - outer.left);
+  const width = Math.max(480, ...ends) + 2 * margin;
   const height = box.scrollHeight + top + margin;
   const canvas = /** @type {HTMLCanvasElement} */ (element("canvas", { width: width * scale, height: height * scale }));
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
@@ -66,7 +67,7 @@ async function png(box, title) {
   context.fillText(title, margin, 26, width - 2 * margin);
   /** @param {DOMRect} place
    * @returns {[number, number]} */
-  const at = (place) => [place.left - outer.left + box.scrollLeft + margin, place.top - outer.top + box.scrollTop + top];
+  const at = (place) => [place.left - outer.left + margin, place.top - outer.top + top];
   for (const words of box.querySelectorAll(".drawn")) {
     const style = getComputedStyle(words);
     const [x, y] = at(words.getBoundingClientRect());

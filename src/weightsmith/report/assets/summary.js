@@ -87,10 +87,10 @@ function finding(one) {
   const about = where.filter((part) => part !== null).join(", ");
   return element(
     "li",
-    { class: `finding ${one.level}` },
+    { class: `finding level-${one.level}` },
     element("span", { class: "level" }, element("span", { class: "badge", "aria-hidden": "true" }, mark), name),
     element("h4", {}, one.title),
-    element("p", {}, ...prose(one.text)),
+    element("div", { class: "prose" }, ...prose(one.text)),
     one.figures.length ? element("dl", { class: "figures" }, ...one.figures.map(restsOn)) : null,
     about ? element("p", { class: "quiet" }, `About ${about}`) : null,
   );
@@ -109,7 +109,7 @@ function withUnit({ value, unit }) {
   const whole = value !== null && Number.isInteger(value);
   const text = say(value, whole ? "count" : "norm");
   // These say what kind of number it is, not what it counts.
-  return ["", "p", "ratio", "number"].includes(unit) ? text : `${text} ${unit}`;
+  return ["", "p", "ratio", "number", "rank"].includes(unit) ? text : `${text} ${unit}`;
 }
 
 /** @param {Data} data */

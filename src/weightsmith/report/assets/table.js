@@ -1,6 +1,8 @@
 // Tables: sorted by their heads, and of a long one only the rows in sight are in the page.
 
 const ROW_HEIGHT = 28;
+// Above this many rows a table scrolls within its own box; above that many only the rows in sight are drawn.
+const TALL = 24;
 const LONG = 150;
 
 /** Columns from names, units and rows of values.
@@ -56,7 +58,7 @@ function sortable(caption, table, kept = {}) {
   );
   const box = element(
     "div",
-    { class: long ? "scroll tall" : "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    { class: order.length > TALL ? "scroll tall" : "scroll", tabindex: "0", role: "region", "aria-label": caption },
     grid,
   );
 
@@ -114,7 +116,7 @@ function widths(table) {
   for (const column of table.columns) {
     const made = element("col");
     let most = column.label.length + 6;
-    if (column.wide) for (let row = 0; row < table.length; row++) most = Math.max(most, String(column.get(row)).length + 3);
+    if (column.wide) for (let row = 0; row < table.length; row++) most = Math.max(most, 0.9 * String(column.get(row)).length + 3);
     made.style.width = `${Math.min(Math.max(most, 9), 64)}ch`;
     group.append(made);
   }
@@ -131,7 +133,7 @@ function head(column, number, kept, resort) {
   const by = kept.sort?.column === number ? kept.sort.direction : 0;
   const unit = unitName(column.unit);
   const mark = element("span", { class: "mark", "aria-hidden": "true" }, by > 0 ? "▲" : by < 0 ? "▼" : "↕");
-  return element(
+  const made = element(
     "th",
     {
       scope: "col",
@@ -140,6 +142,9 @@ function head(column, number, kept, resort) {
     },
     element("button", { type: "button", onclick: () => resort(number) }, column.label, unit ? ` (${unit})` : "", mark),
   );
+  // Long heads break into lines, but not after every word.
+  made.style.minWidth = `${Math.min(column.label.length + 5, 18)}ch`;
+  return made;
 }
 
 /** @param {Table} table
