@@ -45,13 +45,13 @@ def test_names_of_strangers_cannot_leave_the_data():
 
 def test_title_is_escaped():
     report = example_report(1, 0)
-    page = write_page(replace(report, base=replace(report.base, label="<b>&")))
-    assert "<title>weightsmith report: &lt;b&gt;&amp;</title>" in page
+    page = write_page(replace(report, base=replace(report.base, label="<b>&\udcff")))
+    assert "<title>weightsmith report: &lt;b&gt;&amp;?</title>" in page
 
 
 def test_policy_allows_the_scripts_of_the_page_alone_and_no_connection():
     page = write_page(example_report(1, 1))
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1].replace("&#x27;", "'")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
     hashes = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in scripts]

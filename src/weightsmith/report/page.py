@@ -11,9 +11,9 @@ import base64
 import hashlib
 import json
 from functools import cache
-from html import escape
 from importlib.resources import files
 
+from weightsmith.document import document
 from weightsmith.report.embedded import embedded
 from weightsmith.report.findings import Report
 
@@ -51,41 +51,22 @@ def write_page(report: Report) -> str:
         report: all that was found.
     """
     scripts = [*(_asset(f"vendor/{name}") for name in VENDORED), _own_script()]
-    policy = "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src {' '.join(map(_hash, scripts))}",
-            # Observable Plot writes style elements into its pictures.
-            "style-src 'unsafe-inline'",
-            # Pictures are saved by drawing them from data URLs.
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
+    policy = {
+        "script-src": " ".join(map(_hash, scripts)),
+        # Pictures are saved by drawing them from data URLs.
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
     labels = ", ".join(one.label for one in report.models) or report.base.label
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
-            f"<title>{escape(f'weightsmith report: {labels}')}</title>",
-            f"<style>{_asset('report.css')}</style>",
-            "</head>",
-            "<body>",
-            "<noscript><p>This page draws its plots by a script of its own; please allow it. The same figures are in "
-            "<code>weightsmith report --text</code> and <code>--json</code>.</p></noscript>",
-            f'<script type="application/json" id="data">{_json(embedded(report))}</script>',
-            f'<script type="text/plain" id="licences">{_licences()}</script>',
-            *(f"<script>{script}</script>" for script in scripts),
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    body = [
+        "<noscript><p>This page draws its plots by a script of its own; please allow it. The same figures are in "
+        "<code>weightsmith report --text</code> and <code>--json</code>.</p></noscript>",
+        f'<script type="application/json" id="data">{_json(embedded(report))}</script>',
+        f'<script type="text/plain" id="licences">{_licences()}</script>',
+        *(f"<script>{script}</script>" for script in scripts),
+    ]
+    return document(f"weightsmith report: {labels}", _asset("report.css"), body, policy)
 
 
 def _json(content: object) -> str:
