@@ -65,8 +65,9 @@ function heatMap(data, title, values, measure, scale, step) {
  * @param {Colours} scale
  */
 function matrix(names, values, measure, scale) {
-  const side = names.length > 6 ? 56 : 72;
-  const left = Math.min(140, 12 + 7 * Math.max(...names.map((one) => shortened(one, 18).length)));
+  const longest = Math.max(...names.map((one) => shortened(one, 18).length));
+  const side = names.length > 6 ? 64 : Math.min(112, Math.max(68, 14 + 7 * longest));
+  const left = 14 + 7 * longest;
   const rows = names.flatMap((_, first) =>
     names.flatMap((_, second) => {
       const value = values[first][second];
@@ -83,7 +84,7 @@ function matrix(names, values, measure, scale) {
     marginTop: 24,
     marginRight: 8,
     marginBottom: 6,
-    x: { type: "band", domain, axis: "top", padding: 0, label: null, tickSize: 0, tickFormat: (/** @type {number} */ one) => shortened(names[one], Math.floor(side / 7)) },
+    x: { type: "band", domain, axis: "top", padding: 0, label: null, tickSize: 0, tickFormat: (/** @type {number} */ one) => shortened(names[one], Math.floor((side - 10) / 7)) },
     y: { type: "band", domain, padding: 0, label: null, tickSize: 0, tickFormat: name },
     color: scale,
     marks: [

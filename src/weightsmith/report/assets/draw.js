@@ -145,7 +145,7 @@ function entry(marks, name) {
     width: 34, height: 16, margin: 2, axis: null, x: { domain: [-1, 1] }, y: { domain: [-1, 1] }, marks,
   });
   sample.setAttribute("aria-hidden", "true");
-  return element("span", { class: "entry" }, sample, element("span", { class: "drawn" }, shortened(name, 48)));
+  return element("span", { class: "entry" }, sample, element("span", { class: "drawn" }, shortened(name, 40)));
 }
 
 /**
@@ -158,7 +158,7 @@ function layerAxis(data, step) {
   const every = [1, 2, 5, 10, 20, 50, 100].find((one) => one * step >= 22) ?? 200;
   const words = layers.flatMap((one, number) => (one.where === "layer" ? [] : [number]));
   // The words before and after take more room than numbers.
-  const free = (/** @type {number} */ number) => words.every((one) => Math.abs(one - number) * step >= 26);
+  const free = (/** @type {number} */ number) => words.every((one) => Math.abs(one - number) * step >= 28);
   const ticks = layers.flatMap((one, number) =>
     one.where !== "layer" || ((one.index ?? 0) % every === 0 && free(number)) ? [number] : [],
   );

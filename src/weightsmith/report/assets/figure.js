@@ -165,12 +165,20 @@ function pick(key, label, names, most = 8) {
   return { key, label, kind: "several", options, value: options.slice(0, most).map((one) => one.value) };
 }
 
-/** A control over everything or one component.
+/** A control over everything or one component; none where there are no figures of components.
  * @param {Data} data
- * @param {number[]} [which]
+ * @param {Scoped} scoped
+ * @param {"components" | "cells"} place
+ * @param {string} measure
+ * @returns {Control[]} */
+function byComponent(data, scoped, place, measure) {
+  return scoped[place]?.[measure] ? [ofComponent(data, data.components.map((_, number) => number))] : [];
+}
+
+/** @param {Data} data
+ * @param {number[]} shown
  * @returns {Control} */
-function ofComponent(data, which) {
-  const shown = which ?? data.components.map((_, number) => number);
+function ofComponent(data, shown) {
   const options = shown.map((number) => ({ value: String(number), label: componentName(data.components[number]) }));
   return choose("component", "Component", [{ value: "all", label: "all" }, ...options]);
 }

@@ -39,7 +39,7 @@ function shares(data, measures) {
     "composition-by-layer",
     "How much of each input is in the result",
     "The result's change is fitted by the task vectors of its inputs, layer by layer (least squares). Shares add up to what the fit explains; the rest is what the method made of it: what was trimmed, rescaled or drawn at random.",
-    [ofMeasure(measures), ofComponent(data)],
+    [ofMeasure(measures), ...byComponent(data, data.composition, "cells", measures[0].key)],
     (state, width) => {
       const measure = /** @type {Measure} */ (measures.find((one) => one.key === state.measure));
       const series = names.map((name, number) => ({

@@ -24,24 +24,24 @@ function between(data) {
 /** Figures over everything or one component.
  * @param {Data} data
  * @param {Scoped} scoped
- * @param {string} component
+ * @param {string | undefined} component
  * @param {string} measure
  * @param {number} subject
  * @returns {number | null} */
 function figureOf(data, scoped, component, measure, subject) {
-  if (component === "all") return scoped.total?.[measure]?.[subject]?.[0] ?? null;
+  if (component === undefined || component === "all") return scoped.total?.[measure]?.[subject]?.[0] ?? null;
   return scoped.components?.[measure]?.[subject]?.[Number(component)] ?? null;
 }
 
 /** Figures layer by layer, of all components or one.
  * @param {Data} data
  * @param {Scoped} scoped
- * @param {string} component
+ * @param {string | undefined} component
  * @param {string} measure
  * @param {number} subject
  * @returns {(number | null)[]} */
 function layersOf(data, scoped, component, measure, subject) {
-  if (component === "all") return scoped.layers?.[measure]?.[subject] ?? data.layers.map(() => null);
+  if (component === undefined || component === "all") return scoped.layers?.[measure]?.[subject] ?? data.layers.map(() => null);
   /** @type {(number | null)[]} */
   const found = data.layers.map(() => null);
   data.cells.forEach(([layer, part], number) => {
@@ -59,7 +59,7 @@ function overall(data) {
     "agreement",
     "Each two models, over all layers",
     "The cosine is 1 where two task vectors point the same way, 0 where they have nothing to do with each other, −1 where one undoes the other.",
-    [ofMeasure(measures), ofComponent(data)],
+    [ofMeasure(measures), ...byComponent(data, data.agreements, "components", measures[0].key)],
     (state) => {
       const measure = /** @type {Measure} */ (measures.find((one) => one.key === state.measure));
       const values = names.map(() => names.map(() => /** @type {number | null} */ (null)));
@@ -95,7 +95,7 @@ function byLayer(data) {
       { value: "lines", label: "lines" },
       { value: "maps", label: "heat maps" },
     ]),
-    ofComponent(data),
+    ...byComponent(data, data.agreements, "cells", measures[0].key),
     ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : []),
   ];
   return figure(
@@ -172,7 +172,7 @@ function overlaps(data) {
     "overlap",
     "Do they change the same entries?",
     "Of the entries that each of two models changed most, the share that both have in common. Crosses mark what chance would give.",
-    [ofComponent(data), ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : [])],
+    [...byComponent(data, data.overlaps, "components", "overlap"), ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : [])],
     (state, width) => {
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
       const found = data.tops.flatMap((top, number) =>
@@ -208,6 +208,15 @@ function dotDrawing(found, heads, measure, width) {
   return { nodes: [key(series, { chance, dots: true }), dots(known, measure, width)], table };
 }
 
+/** Lines of what chance would give: one where it is the same for all pairs.
+ * @param {{name: string, values: (number | null)[]}[]} pairs
+ * @returns {Series[]} */
+function chances(pairs) {
+  const same = pairs.every((one) => one.values.every((value, layer) => value === pairs[0].values[layer]));
+  if (same) return pairs.slice(0, 1).map(({ values }) => ({ name: "chance", style: 0, values, chance: true }));
+  return pairs.map(({ name, values }) => ({ name: `chance, ${name}`, style: 0, values, chance: true }));
+}
+
 /** @param {Data} data */
 function overlapsByLayer(data) {
   if (!data.overlaps.layers?.overlap) return null;
@@ -218,14 +227,14 @@ function overlapsByLayer(data) {
     "overlap-by-layer",
     "The same, layer by layer",
     "",
-    [choose("top", "Entries", options), ofComponent(data), ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : [])],
+    [choose("top", "Entries", options), ...byComponent(data, data.overlaps, "cells", "overlap"), ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : [])],
     (state, width) => {
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
       const of = (/** @type {string} */ measure, /** @type {number} */ pair) =>
         layersOf(data, data.overlaps, state.component, measure, pair * tops + Number(state.top));
       /** @type {Series[]} */
       const series = shown.map((/** @type {number} */ pair) => ({ name: names[pair], style: pair, values: of("overlap", pair) }));
-      if (shown.length) series.push({ name: "chance", style: 0, values: of("chance", shown[0]), chance: true });
+      series.push(...chances(shown.map((/** @type {number} */ pair) => ({ name: names[pair], values: of("chance", pair) }))));
       return lineDrawing(data, series, OVERLAP, width);
     },
     sampled(data, "overlap"),

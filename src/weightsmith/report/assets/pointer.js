@@ -64,12 +64,14 @@ function reachable(picture, points, about) {
     if (!place) aloud.textContent = point.said.join(", ");
   }
 
-  picture.addEventListener("pointermove", (event) => {
+  const pointed = (/** @type {PointerEvent} */ event) => {
     const matrix = picture.getScreenCTM();
     if (!matrix) return;
     const { x, y } = new DOMPoint(event.clientX, event.clientY).matrixTransform(matrix.inverse());
     go(nearest(points, x, y), { x: event.clientX, y: event.clientY });
-  });
+  };
+  picture.addEventListener("pointermove", pointed);
+  picture.addEventListener("pointerdown", pointed);
   picture.addEventListener("pointerleave", () => go(null, null));
   picture.addEventListener("blur", () => go(null, null));
   picture.addEventListener("keydown", (event) => {

@@ -143,7 +143,7 @@ function head(column, number, kept, resort) {
     element("button", { type: "button", onclick: () => resort(number) }, column.label, unit ? ` (${unit})` : "", mark),
   );
   // Long heads break into lines, but not after every word.
-  made.style.minWidth = `${Math.min(column.label.length + 5, 18)}ch`;
+  made.style.minWidth = `${Math.min(column.label.length + 2, 13)}ch`;
   return made;
 }
 
@@ -154,7 +154,8 @@ function line(table, row) {
   for (const column of table.columns) {
     const value = column.get(row);
     const text = say(value, column.unit, true);
-    made.append(element("td", { class: isText(column) ? "text" : null, title: text.length > 60 ? text : null }, text));
+    const kind = isText(column) ? (text.length > 60 && text.includes(" ") ? "text sentence" : "text") : null;
+    made.append(element("td", { class: kind, title: text.length > 60 ? text : null }, text));
   }
   return made;
 }

@@ -76,7 +76,7 @@ function tensors(data) {
   return section(
     "tensors",
     "Tensors",
-    element("p", { class: "about" }, "The tensors that the base and at least one model hold in the same shape. Heads sort."),
+    element("p", { class: "about" }, "The tensors that the base and at least one model hold in the same shape. Heads of columns sort them."),
     element(
       "div",
       { class: "controls" },
