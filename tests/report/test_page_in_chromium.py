@@ -77,9 +77,7 @@ def saved(chromium, tmp_path):
 def advised(report):
     """The report with findings of all levels."""
     findings = tuple(
-        Finding(
-            f"code-{level}", level, f"A {level}", "Do `this` or\n```yaml\nthat: 1\n```", (Figure("x", 0.5, "share"),)
-        )
+        Finding(level, level, f"A {level}", "Do `this`.", (Figure("x", 0.5, "share"),), action="models: []\nsteps: []")
         for level in ("error", "warning", "note", "good")
     )
     tests = tuple(BaseTest(one.label, True, 0.5, (Figure("distance", 0.1),)) for one in report.models)
@@ -213,6 +211,18 @@ def test_reports_of_all_kinds_are_drawn_without_complaint(show, report, expected
     assert expected <= set(sections(page))
     assert "composition" not in sections(page)
     assert page.complaints == []
+
+
+def test_advice_is_given_in_order_with_its_figures_and_what_to_type(show):
+    page = show(advised(example_report(1, 1)))
+    said = "[...document.querySelectorAll('#summary .findings')[0].children].map((one) => one.querySelector('{}').textContent)"
+    assert page.run(said.format(".level")) == ["\u2715Problem", "!Warning", "iNote", "\u2713Good"]
+    assert page.run(said.format("h4")) == ["A error", "A warning", "A note", "A good"]
+    assert page.run(said.format("code")) == ["this"] * 4
+    assert page.run(said.format("dl")) == ["x50.00\u202f%"] * 4
+    assert page.run(said.format("pre")) == ["models: []\nsteps: []"] * 4
+    page.run("document.querySelector('.finding .copy').click()")
+    page.wait("document.querySelector('.copy').textContent === 'Copied' || `${getSelection()}`.includes('steps: []')")
 
 
 def test_sections_without_data_are_absent(show):

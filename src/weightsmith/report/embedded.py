@@ -48,11 +48,13 @@ def embedded(report: Report) -> dict[str, Any]:
     places = _Places(list(layers), list(components), cells, [one.name for one in report.tensors])
     labels = [one.label for one in report.models]
     changed = [*labels, *([report.result.label] if report.result else [])]
-    pairs = list(dict.fromkeys((one.first, one.second) for one in _all(report.agreements)))
-    tops = [(*pair, top) for pair in pairs for top in TOPS]
-    pair_tensors = len(pairs) * len(report.tensors) <= MOST_PAIR_VALUES
     models = [report.base, *report.models, *([report.result] if report.result else [])]
     numbers = {one.label: number for number, one in enumerate(models)}
+    # A report may have been read from a file that says anything: rows about models that are not in it are left out.
+    found = dict.fromkeys((one.first, one.second) for one in _all(report.agreements))
+    pairs = [pair for pair in found if numbers.keys() >= set(pair)]
+    tops = [(*pair, top) for pair in pairs for top in TOPS]
+    pair_tensors = len(pairs) * len(report.tensors) <= MOST_PAIR_VALUES
     return {
         "kind": report.kind,
         "version": report.version,
@@ -106,6 +108,7 @@ def embedded(report: Report) -> dict[str, Any]:
                 "exact": one.exact,
             }
             for one in report.spectra
+            if one.model in numbers
         ],
         "histograms": [
             {
@@ -124,6 +127,7 @@ def embedded(report: Report) -> dict[str, Any]:
                 "tops": list(one.tops),
             }
             for one in _all(report.histograms)
+            if one.model in numbers and (one.scope.component is None or one.scope.component in components)
         ],
         "health": asdict(report.health),
         "recipe": None if report.recipe is None else asdict(report.recipe),
@@ -248,7 +252,7 @@ def _overlap(row: Overlap) -> Subjects:
 
 
 def _contributions(row: Composition) -> Subjects:
-    columns = zip(row.models, row.coefficients, row.cosines, row.contributions, strict=True)
+    columns = zip(row.models, row.coefficients, row.cosines, row.contributions, strict=False)
     return [
         (model, {"coefficient": coefficient, "cosine": cosine, "contribution": contribution})
         for model, coefficient, cosine, contribution in columns
@@ -306,6 +310,7 @@ def _finding(one: Finding) -> dict[str, Any]:
         "figures": _figures(one.figures),
         "models": list(one.models),
         "scope": asdict(one.scope),
+        "action": one.action,
     }
 
 

@@ -24,10 +24,7 @@ function element(tag, attributes = {}, ...children) {
  * @returns {(Node | string)[]}
  */
 function prose(text) {
-  return text.split(/```(?:\w+\n)?|`/).map((part, number) => {
-    if (number % 2 === 0) return part;
-    return part.includes("\n") ? element("pre", {}, part.replace(/\n$/, "")) : element("code", {}, part);
-  });
+  return text.split("`").map((part, number) => (number % 2 === 0 ? part : element("code", {}, part)));
 }
 
 const MINUS = "\u2212";

@@ -91,9 +91,25 @@ function finding(one) {
     element("span", { class: "level" }, element("span", { class: "badge", "aria-hidden": "true" }, mark), name),
     element("h4", {}, one.title),
     element("div", { class: "prose" }, ...prose(one.text)),
+    one.action ? toCopy(one.action) : null,
     one.figures.length ? element("dl", { class: "figures" }, ...one.figures.map(restsOn)) : null,
     about ? element("p", { class: "quiet" }, `About ${about}`) : null,
   );
+}
+
+/** Lines of a recipe, or a command, and a button that copies them.
+ * @param {string} text */
+function toCopy(text) {
+  const lines = element("pre", { tabindex: "0" }, text);
+  const button = element("button", { type: "button", class: "copy", onclick: copy }, "Copy");
+  function copy() {
+    navigator.clipboard.writeText(text).then(
+      () => (button.textContent = "Copied"),
+      // Where the browser does not let a page do it, a person can: the lines are selected.
+      () => getSelection()?.selectAllChildren(lines),
+    );
+  }
+  return element("div", { class: "action" }, lines, "clipboard" in navigator ? button : null);
 }
 
 /** @param {Figure} one */
@@ -109,7 +125,7 @@ function withUnit({ value, unit }) {
   const whole = value !== null && Number.isInteger(value);
   const text = say(value, whole ? "count" : "norm");
   // These say what kind of number it is, not what it counts.
-  return ["", "p", "ratio", "number", "rank"].includes(unit) ? text : `${text} ${unit}`;
+  return ["", "p", "ratio", "number", "rank", "z"].includes(unit) ? text : `${text} ${unit}`;
 }
 
 /** @param {Data} data */

@@ -20,7 +20,7 @@ interface Layer { key: string; where: "before" | "layer" | "after"; stack: strin
 interface Figure { name: string; value: number | null; unit: string }
 interface Finding {
   code: string; level: "good" | "note" | "warning" | "error"; title: string; text: string; figures: Figure[];
-  models: string[]; scope: { layer: string | null; component: string | null; tensor: string | null };
+  models: string[]; scope: { layer: string | null; component: string | null; tensor: string | null }; action: string;
 }
 interface Subspace {
   tensor: string; pair: number; rank: number; left: number; right: number; chanceLeft: number; chanceRight: number;
