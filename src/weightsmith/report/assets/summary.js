@@ -146,21 +146,24 @@ function compared(data) {
   return titled("What is compared", "", heads, rows);
 }
 
+const P_VALUE = "p is the chance that weights which have nothing to do with the base's lie as near to them as the model's do.";
+
 /** @param {Data} data */
 function trainedFromBase(data) {
   if (!data.baseTests.length) return null;
   const names = [...new Set(data.baseTests.flatMap((one) => one.figures.map((figure) => figure.name)))];
   const unit = (/** @type {string} */ name) => {
-    const found = data.baseTests.flatMap((one) => one.figures).find((figure) => figure.name === name)?.unit;
-    return /** @type {Unit} */ (found === "share" || found === "cosine" ? found : "norm");
+    const found = data.baseTests.flatMap((one) => one.figures).filter((figure) => figure.name === name);
+    if (found[0].unit === "share" || found[0].unit === "cosine") return /** @type {Unit} */ (found[0].unit);
+    return found.every(({ value }) => value === null || Number.isInteger(value)) ? "count" : "norm";
   };
   /** @type {[string, Unit?][]} */
-  const heads = [["Model", "text"], ["Trained from it", "text"], ["p value", "norm"], ...names.map((name) => /** @type {[string, Unit]} */ ([name, unit(name)]))];
+  const heads = [["Model", "text"], ["Trained from it", "text"], ["p if it were unrelated", "norm"], ...names.map((name) => /** @type {[string, Unit]} */ ([name, unit(name)]))];
   const rows = data.baseTests.map((one) => [
     one.model,
     one.shares === null ? "not known" : one.shares ? "yes" : "no",
     one.p,
     ...names.map((name) => one.figures.find((figure) => figure.name === name)?.value ?? null),
   ]);
-  return titled(`Were the models trained from ${data.models[0].label}?`, "", heads, rows);
+  return titled(`Were the models trained from ${data.models[0].label}?`, P_VALUE, heads, rows);
 }

@@ -143,7 +143,8 @@ function head(column, number, kept, resort) {
     element("button", { type: "button", onclick: () => resort(number) }, column.label, unit ? ` (${unit})` : "", mark),
   );
   // Long heads break into lines, but not after every word.
-  made.style.minWidth = `${Math.min(column.label.length + 2, 13)}ch`;
+  const letters = column.label.length;
+  made.style.minWidth = `${letters <= 16 ? letters + 2 : Math.min(24, Math.max(13, letters / 2 + 2))}ch`;
   return made;
 }
 
