@@ -72,8 +72,9 @@ vendor:
 	rm -r "$$folder"
 	sha256sum $(ASSETS)/vendor/*.js
 
-# The types of the page's own scripts; needs npm.
+# Types and format of the page's own scripts; needs npm.
 scripts:
+	npx --yes prettier@3.6.2 --print-width 120 --check "$(ASSETS)/*.{js,ts}"
 	npx --yes --package typescript@5.9.3 tsc --project $(ASSETS)/jsconfig.json
 
 clean:

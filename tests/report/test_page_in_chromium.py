@@ -283,6 +283,32 @@ def test_heads_sort_by_click_and_by_enter(show):
     ]
 
 
+def test_what_is_missing_comes_last_in_either_order(show):
+    report = example_report(2, 2)
+    rows = [replace(row, cosine=None) if row.scope.component == "norm" else row for row in report.agreements.tensors]
+    page = show(replace(report, agreements=replace(report.agreements, tensors=tuple(rows))))
+    choose(page, "tensor-measure", "agreements.cosine")
+    missing = sum(row.cosine is None for row in rows)
+    for sign in (-1, 1):
+        page.run("document.querySelectorAll('#tensors th button')[4].click()")
+        shown = column(page, "#tensors table", 4)
+        assert shown[-missing:] == ["\u2014"] * missing
+        values = numbers(shown[:-missing])
+        assert values == sorted(values, key=lambda value, sign=sign: sign * value)
+
+
+def test_distribution_has_what_grew_above_and_what_fell_below_its_axis(show):
+    page = show(example_report(2, 1))
+    ends = page.run(
+        "[...document.querySelectorAll('#histogram g[aria-label=line] path')].map((one) => one.getBBox())"
+        ".map(({ y, height }) => [y, y + height])"
+    )
+    (grew, grew_end), (fell, fell_end) = ends
+    assert grew < grew_end <= fell + 1 < fell_end
+    # Half of the entries each.
+    assert grew_end - grew == pytest.approx(fell_end - fell, rel=0.05)
+
+
 def test_tensors_are_filtered_and_what_is_shown_is_saved(show, saved):
     report = example_report(3, 2)
     page = show(report)
@@ -396,16 +422,19 @@ CONTRASTS = """(() => {
     return [255, 255, 255];
   };
   const poor = [];
-  let seen = 0;
+  let [seen, inCells] = [0, 0];
   for (const one of document.querySelectorAll("body *")) {
     const svg = one.namespaceURI.endsWith("svg");
     if (svg ? one.tagName !== "text" : ![...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim())) continue;
     if (!one.getClientRects().length) continue;
-    // Numbers in cells have a ground of their own; they are black or white by its luminance.
-    if (svg && one.closest("g[aria-label=text]")) continue;
     const style = getComputedStyle(one);
     const colour = svg && style.fill !== "none" ? style.fill : style.color;
-    const [ink, paper] = [light(rgb(colour)), light(ground(svg ? one.ownerSVGElement.parentElement : one))];
+    // A number in a cell stands on the cell of its rank.
+    const cells = svg && one.closest("g[aria-label=text]") ? one.ownerSVGElement.querySelectorAll("g[aria-label=cell] rect") : [];
+    const cell = cells[[...one.parentElement.children].indexOf(one)];
+    const under = cell ? rgb(getComputedStyle(cell).fill) : ground(svg ? one.ownerSVGElement.parentElement : one);
+    if (cell) inCells++;
+    const [ink, paper] = [light(rgb(colour)), light(under)];
     const contrast = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
     seen++;
     if (contrast < 4.5) poor.push(`${one.tagName}.${one.className} ${one.textContent.slice(0, 30)} ${contrast.toFixed(2)}`);
@@ -418,7 +447,7 @@ CONTRASTS = """(() => {
     seen++;
     if (contrast < 3) poor.push(`line ${style.stroke} ${contrast.toFixed(2)}`);
   }
-  return [seen, [...new Set(poor)]];
+  return [seen, inCells, [...new Set(poor)]];
 })()"""
 
 
@@ -428,9 +457,10 @@ def test_all_text_and_lines_have_contrast(show, scheme):
     page = show(advised(example_report(2, 8, "merged")), scheme=scheme)
     for figure in ("agreement-by-layer", "overlap"):
         page.run(f"for (const one of document.querySelectorAll('#{figure} fieldset input:not(:checked)')) one.click()")
-    seen, poor = page.run(CONTRASTS)
+    seen, in_cells, poor = page.run(CONTRASTS)
     assert poor == []
     assert seen > 500
+    assert in_cells == 8 * 7
 
 
 def test_theme_follows_the_system_until_one_is_chosen(show):
@@ -455,8 +485,11 @@ def test_paper_is_white_and_all_plots_are_on_it(show):
     page.run("dispatchEvent(new Event('beforeprint'))")
     assert page.run("document.querySelectorAll('figure.undrawn').length") == 0
     assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    line = "getComputedStyle(document.querySelector('#agreement-by-layer g[aria-label=line]')).stroke"
+    assert page.run(line) == "rgb(15, 98, 176)"
     page.run("dispatchEvent(new Event('afterprint'))")
     assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+    assert page.run(line) == "rgb(108, 176, 255)"
     assert page.complaints == []
 
 
@@ -588,7 +621,8 @@ def test_keyboard_reaches_the_content_and_focus_is_seen(show):
     page.key("Enter", 13, "\r")
     page.wait("document.activeElement.id === 'content'")
     page.key("Tab", 9)
-    assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    outline = "(({ outlineStyle, outlineWidth }) => `${outlineWidth} ${outlineStyle}`)(getComputedStyle(document.activeElement))"
+    assert page.run(outline) == "2px solid"
     unnamed = page.run(
         """[...document.querySelectorAll("input, select, button, svg[tabindex], [role=region]")].filter((one) =>
           !(one.labels?.length || one.getAttribute("aria-label") || one.textContent.trim())).map((one) => one.outerHTML.slice(0, 90))"""

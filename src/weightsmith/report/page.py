@@ -29,6 +29,7 @@ SCRIPTS = (
     "pointer.js",
     "figure.js",
     "draw.js",
+    "maps.js",
     "charts.js",
     "summary.js",
     "health.js",

@@ -6,7 +6,12 @@ const CHANGES = [
   { key: "norm", label: "norm of the task vector", unit: "norm", about: "" },
   { key: "changed", label: "share of entries changed", unit: "share", about: "" },
   { key: "largest", label: "largest change of an entry", unit: "norm", about: "" },
-  { key: "against", label: "mass against the elected sign", unit: "share", about: "share of a task vector's mass that TIES would drop, untrimmed" },
+  {
+    key: "against",
+    label: "mass against the elected sign",
+    unit: "share",
+    about: "share of a task vector's mass that TIES would drop, untrimmed",
+  },
   { key: "deltaCosineBase", label: "cosine of task vector and base", unit: "cosine", about: "", pivot: 0, most: 1 },
 ];
 
@@ -49,7 +54,13 @@ function byCell(data, measures) {
       const measure = /** @type {Measure} */ (measures.find((one) => one.key === state.measure));
       const all = data.changes.cells?.[measure.key] ?? [];
       const shown = names.length > 1 ? state.models.map(Number) : [0];
-      return maps(data, shown.map((/** @type {number} */ one) => ({ name: names[one], values: all[one] })), measure, state.scale, width);
+      return maps(
+        data,
+        shown.map((/** @type {number} */ one) => ({ name: names[one], values: all[one] })),
+        measure,
+        state.scale,
+        width,
+      );
     },
   );
 }
@@ -68,7 +79,11 @@ function maps(data, shown, measure, kind, width) {
   const known = shown.filter((one) => one.values.some((value) => value !== null));
   if (!known.length) return { nodes: [element("p", { class: "quiet" }, "Nothing is chosen that has values.")], table };
   const step = cellWidth(data, known.length, width);
-  const shared = colours(measure, known.flatMap((one) => one.values), kind === "log");
+  const shared = colours(
+    measure,
+    known.flatMap((one) => one.values),
+    kind === "log",
+  );
   const panels = known.map(({ name, values }) => {
     const scale = kind === "own" ? colours(measure, values) : shared;
     const made = heatMap(data, name, values, measure, scale, step);
@@ -90,7 +105,17 @@ function cellTable(data, shown, measure) {
     componentName(data.components[component]),
     ...shown.map((one) => one.values[number] ?? null),
   ]);
-  return tableOf([["Layer", "text"], ["Component", "text"], ...measured(shown.map((one) => one.name), measure)], rows);
+  return tableOf(
+    [
+      ["Layer", "text"],
+      ["Component", "text"],
+      ...measured(
+        shown.map((one) => one.name),
+        measure,
+      ),
+    ],
+    rows,
+  );
 }
 
 /** Heads of columns of one measure.

@@ -1,113 +1,4 @@
-// The plots: heat maps, matrices, lines, dots and bars.
-
-const LABELS = 104;
-
-/** How wide the cells of heat maps are, and how many maps stand side by side.
- * @param {Data} data
- * @param {number} count
- * @param {number} width */
-function cellWidth(data, count, width) {
-  const columns = data.layers.length;
-  const across = Math.max(1, Math.min(count, Math.floor((width + 24) / (LABELS + 9 * columns + 36))));
-  const room = (width + 24) / across - 24 - LABELS - 12;
-  return Math.max(7, Math.min(26, room / columns));
-}
-
-/**
- * Layers by components.
- * @param {Data} data
- * @param {string} title
- * @param {(number | null)[]} values one for each cell
- * @param {Measure} measure
- * @param {Colours} scale
- * @param {number} step width of a cell
- */
-function heatMap(data, title, values, measure, scale, step) {
-  const { ink } = theme();
-  const rows = data.cells.flatMap(([layer, component], number) =>
-    values[number] === null || values[number] === undefined ? [] : [{ layer, component, value: /** @type {number} */ (values[number]) }],
-  );
-  const components = data.components.map((_, number) => number).filter((one) => rows.some((row) => row.component === one));
-  const height = 22;
-  const made = picture({
-    width: LABELS + step * data.layers.length + 12,
-    height: height * components.length + 46,
-    marginLeft: LABELS,
-    marginRight: 12,
-    marginTop: 6,
-    marginBottom: 40,
-    x: { ...layerAxis(data, step), type: "band", padding: 0, tickSize: 3 },
-    y: { type: "band", domain: components, padding: 0, label: null, tickSize: 0, tickFormat: (/** @type {number} */ one) => componentName(data.components[one]) },
-    color: scale,
-    marks: [
-      Plot.cell(rows, { x: "layer", y: "component", fill: "value", inset: 0.5 }),
-      // What is zero has no place on a log scale, and stands as a dot.
-      scale.type === "log" ? Plot.dot(rows.filter((row) => row.value <= 0), { x: "layer", y: "component", r: 1.5, fill: ink }) : null,
-    ],
-  });
-  const points = rows.map((row) => ({
-    x: along(made, "x", row.layer),
-    y: along(made, "y", row.component),
-    width: step,
-    height,
-    series: String(row.component),
-    said: [title || measure.label, `${layerName(data, row.layer)}, ${componentName(data.components[row.component])}`, `${measure.label}: ${say(row.value, measure.unit)}`],
-  }));
-  reachable(made, points, `${title ? `${title}: ` : ""}${measure.label}, layers by components.`);
-  return panel(title, made);
-}
-
-/**
- * Models by models, with numbers.
- * @param {string[]} names
- * @param {(number | null)[][]} values
- * @param {Measure} measure
- * @param {Colours} scale
- */
-function matrix(names, values, measure, scale) {
-  const longest = Math.max(...names.map((one) => shortened(one, 18).length));
-  const side = names.length > 6 ? 64 : Math.min(112, Math.max(68, 14 + 7 * longest));
-  const left = 14 + 7 * longest;
-  const rows = names.flatMap((_, first) =>
-    names.flatMap((_, second) => {
-      const value = values[first][second];
-      return value === null ? [] : [{ first, second, value }];
-    }),
-  );
-  const name = (/** @type {number} */ one) => shortened(names[one], 18);
-  const domain = names.map((_, number) => number);
-  const height = Math.min(side, 44);
-  const made = picture({
-    width: left + side * names.length + 8,
-    height: height * names.length + 30,
-    marginLeft: left,
-    marginTop: 24,
-    marginRight: 8,
-    marginBottom: 6,
-    x: { type: "band", domain, axis: "top", padding: 0, label: null, tickSize: 0, tickFormat: (/** @type {number} */ one) => shortened(names[one], Math.floor((side - 10) / 7)) },
-    y: { type: "band", domain, padding: 0, label: null, tickSize: 0, tickFormat: name },
-    color: scale,
-    marks: [
-      Plot.cell(rows, { x: "second", y: "first", fill: "value", inset: 1 }),
-      Plot.text(rows, {
-        x: "second",
-        y: "first",
-        text: (/** @type {{value: number}} */ row) => (measure.unit === "cosine" ? say(row.value, "cosine") : say(row.value, measure.unit, true)),
-        fill: (/** @type {{value: number}} */ row) => inkOn(colourOf(scale, row.value)),
-      }),
-    ],
-  });
-  const points = rows.map((row) => ({
-    x: along(made, "x", row.second),
-    y: along(made, "y", row.first),
-    width: side,
-    height,
-    series: String(row.first),
-    said: [`${names[row.first]} – ${names[row.second]}`, `${measure.label}: ${say(row.value, measure.unit)}`],
-  }));
-  reachable(made, points, `${measure.label} of each two models.`);
-  return panel("", made);
-}
+// The other plots: lines, dots, bars and curves.
 
 /**
  * A measure from layer to layer, a line for each model or pair; chance lines have no symbols.
@@ -129,19 +20,33 @@ function lines(data, series, measure, width) {
     const channels = { x: "layer", y: "value", z: "part", stroke: shade };
     return [
       Plot.line(rows(one), { ...channels, strokeWidth: 1.75, strokeDasharray: dash }),
-      one.chance ? null : Plot.dot(rows(one), { ...channels, fill: shade, r: step > 12 ? 3.2 : 2.4, symbol: SYMBOLS[one.style % SYMBOLS.length], strokeWidth: 1 }),
+      one.chance
+        ? null
+        : Plot.dot(rows(one), {
+            ...channels,
+            fill: shade,
+            r: step > 12 ? 3.2 : 2.4,
+            symbol: SYMBOLS[one.style % SYMBOLS.length],
+            strokeWidth: 1,
+          }),
     ];
   });
   const made = picture({
-    width: left + step * data.layers.length + 30,
-    height: 314,
-    marginLeft: left,
-    marginRight: 30,
-    marginTop: 28,
-    marginBottom: 42,
+    ...frame(data, left, step),
     x: { ...layerAxis(data, step), type: "point", padding: 0.5 },
-    y: { ...named(measure.label), nice: true, zero: measure.pivot === undefined || measure.pivot === 0, tickFormat: tickFormat(measure.unit), ticks: 6, domain: reach(known, measure) },
-    marks: [Plot.gridY({ stroke: grid, strokeOpacity: 1, ticks: 6 }), measure.pivot === undefined ? null : Plot.ruleY([measure.pivot], { stroke: quiet }), ...marks],
+    y: {
+      ...named(measure.label),
+      nice: true,
+      zero: measure.pivot === undefined || measure.pivot === 0,
+      tickFormat: tickFormat(measure.unit),
+      ticks: 6,
+      domain: reach(known, measure),
+    },
+    marks: [
+      Plot.gridY({ stroke: grid, strokeOpacity: 1, ticks: 6 }),
+      measure.pivot === undefined ? null : Plot.ruleY([measure.pivot], { stroke: quiet }),
+      ...marks,
+    ],
   });
   const points = series
     .filter((one) => !one.chance)
@@ -149,11 +54,27 @@ function lines(data, series, measure, width) {
       one.values.flatMap((value, layer) =>
         value === null
           ? []
-          : [{ x: along(made, "x", layer), y: along(made, "y", value), series: one.name, said: [one.name, layerName(data, layer), `${measure.label}: ${say(value, measure.unit)}`] }],
+          : [
+              {
+                x: along(made, "x", layer),
+                y: along(made, "y", value),
+                series: one.name,
+                said: [one.name, layerName(data, layer), `${measure.label}: ${say(value, measure.unit)}`],
+              },
+            ],
       ),
     );
   reachable(made, points, `${measure.label}, layer by layer.`);
   return panel("", made);
+}
+
+/** Size and margins of a plot over the layers.
+ * @param {Data} data
+ * @param {number} left
+ * @param {number} step */
+function frame(data, left, step) {
+  const width = left + step * data.layers.length + 30;
+  return { width, height: 314, marginLeft: left, marginRight: 30, marginTop: 28, marginBottom: 42 };
 }
 
 /** An axis says above its end what it measures.
@@ -194,8 +115,19 @@ function dots(values, measure, width) {
     const dy = mine[0].dy;
     return [
       Plot.ruleY(mine, { y: "row", x1: 0, x2: "value", stroke: shade, strokeOpacity: 0.35, strokeWidth: 2, dy }),
-      Plot.dot(mine.filter((one) => one.chance !== null), { y: "row", x: "chance", symbol: "plus", stroke: ink, r: 3.5, dy }),
-      Plot.dot(mine, { y: "row", x: "value", symbol: SYMBOLS[style % SYMBOLS.length], fill: shade, stroke: shade, r: 3.5, dy }),
+      Plot.dot(
+        mine.filter((one) => one.chance !== null),
+        { y: "row", x: "chance", symbol: "plus", stroke: ink, r: 3.5, dy },
+      ),
+      Plot.dot(mine, {
+        y: "row",
+        x: "value",
+        symbol: SYMBOLS[style % SYMBOLS.length],
+        fill: shade,
+        stroke: shade,
+        r: 3.5,
+        dy,
+      }),
     ];
   });
   const made = picture({
@@ -205,7 +137,13 @@ function dots(values, measure, width) {
     marginRight: 24,
     marginTop: 10,
     marginBottom: 40,
-    x: { domain: [0, measure.unit === "share" ? Math.min(1, most * 1.05) : most * 1.05], label: measure.label, labelArrow: "none", tickFormat: tickFormat(measure.unit), ticks: 5 },
+    x: {
+      domain: [0, measure.unit === "share" ? Math.min(1, most * 1.05) : most * 1.05],
+      label: measure.label,
+      labelArrow: "none",
+      tickFormat: tickFormat(measure.unit),
+      ticks: 5,
+    },
     y: { type: "band", domain: names, label: null, padding: 0, tickSize: 0 },
     marks: [Plot.gridX({ stroke: grid, strokeOpacity: 1, ticks: 5 }), ...marks],
   });
@@ -213,7 +151,12 @@ function dots(values, measure, width) {
     x: along(made, "x", one.value),
     y: along(made, "y", one.row) + one.dy,
     series: one.row,
-    said: [one.name, one.row, `${measure.label}: ${say(one.value, measure.unit)}`, ...(one.chance === null ? [] : [`by chance: ${say(one.chance, measure.unit)}`])],
+    said: [
+      one.name,
+      one.row,
+      `${measure.label}: ${say(one.value, measure.unit)}`,
+      ...(one.chance === null ? [] : [`by chance: ${say(one.chance, measure.unit)}`]),
+    ],
   }));
   reachable(made, points, `${measure.label}.`);
   return panel("", made);
@@ -238,16 +181,20 @@ function bars(data, series, measure, width) {
       const from = value >= 0 ? up : down;
       if (value >= 0) up += value;
       else down += value;
-      return [{ layer, value, low: Math.min(from, from + value), high: Math.max(from, from + value), name: one.name, shade: shades[one.style % shades.length] }];
+      return [
+        {
+          layer,
+          value,
+          low: Math.min(from, from + value),
+          high: Math.max(from, from + value),
+          name: one.name,
+          shade: shades[one.style % shades.length],
+        },
+      ];
     });
   });
   const made = picture({
-    width: left + step * data.layers.length + 30,
-    height: 314,
-    marginLeft: left,
-    marginRight: 30,
-    marginTop: 28,
-    marginBottom: 42,
+    ...frame(data, left, step),
     x: { ...layerAxis(data, step), type: "band", padding: 0.12 },
     y: { ...named(measure.label), tickFormat: tickFormat(measure.unit), ticks: 6, nice: true },
     marks: [
@@ -279,8 +226,24 @@ function curves(curves, options) {
     const shade = shades[one.style % shades.length];
     const rows = one.at.map((x, number) => ({ x, y: one.values[number] }));
     return [
-      Plot.line(rows, { x: "x", y: "y", stroke: shade, strokeWidth: 1.75, strokeDasharray: DASHES[one.style % DASHES.length], curve: options.step ? "step" : "linear" }),
-      options.step ? null : Plot.dot(rows, { x: "x", y: "y", r: 2.6, fill: shade, stroke: shade, symbol: SYMBOLS[one.style % SYMBOLS.length] }),
+      Plot.line(rows, {
+        x: "x",
+        y: "y",
+        stroke: shade,
+        strokeWidth: 1.75,
+        strokeDasharray: DASHES[one.style % DASHES.length],
+        curve: options.step ? "step" : "linear",
+      }),
+      options.step
+        ? null
+        : Plot.dot(rows, {
+            x: "x",
+            y: "y",
+            r: 2.6,
+            fill: shade,
+            stroke: shade,
+            symbol: SYMBOLS[one.style % SYMBOLS.length],
+          }),
     ];
   });
   const made = picture({
@@ -290,12 +253,27 @@ function curves(curves, options) {
     marginRight: 24,
     marginTop: 28,
     marginBottom: 42,
-    x: { type: "log", label: options.x, labelArrow: "none", tickFormat: tickFormat("norm", true), ticks: Math.max(4, options.width / 90) },
+    x: {
+      type: "log",
+      label: options.x,
+      labelArrow: "none",
+      tickFormat: tickFormat("norm", true),
+      ticks: Math.max(4, options.width / 90),
+    },
     y: options.y,
-    marks: [Plot.gridY({ stroke: grid, strokeOpacity: 1, ticks: 6 }), options.step ? Plot.ruleY([0], { stroke: quiet }) : null, ...marks],
+    marks: [
+      Plot.gridY({ stroke: grid, strokeOpacity: 1, ticks: 6 }),
+      options.step ? Plot.ruleY([0], { stroke: quiet }) : null,
+      ...marks,
+    ],
   });
   const points = curves.flatMap((one) =>
-    one.at.map((x, number) => ({ x: along(made, "x", x), y: along(made, "y", one.values[number]), series: one.name, said: [one.name, one.said[number]] })),
+    one.at.map((x, number) => ({
+      x: along(made, "x", x),
+      y: along(made, "y", one.values[number]),
+      series: one.name,
+      said: [one.name, one.said[number]],
+    })),
   );
   reachable(made, points, options.about);
   return panel("", made);

@@ -93,7 +93,10 @@ function ramp(measure, scale) {
   });
   made.style.overflow = "visible";
   made.setAttribute("role", "img");
-  made.setAttribute("aria-label", `Colours from ${say(scale.domain[0], measure.unit)} to ${say(scale.domain[1], measure.unit)}`);
+  made.setAttribute(
+    "aria-label",
+    `Colours from ${say(scale.domain[0], measure.unit)} to ${say(scale.domain[1], measure.unit)}`,
+  );
   for (const text of made.querySelectorAll("text")) text.setAttribute("fill", theme().ink);
   return element("div", { class: "legend" }, element("span", { class: "drawn" }, measure.label), made);
 }
@@ -107,7 +110,10 @@ function tickFormat(unit, log = false) {
     if (log && Math.abs(Math.log10(value) - Math.round(Math.log10(value))) > 1e-9) return "";
     if (unit === "share") return `${Number((100 * value).toPrecision(3))}%`;
     const size = Math.abs(value);
-    const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential().replace("e+", "e") : String(Number(value.toPrecision(4)));
+    const text =
+      size !== 0 && (size < 1e-3 || size >= 1e5)
+        ? value.toExponential().replace("e+", "e")
+        : String(Number(value.toPrecision(4)));
     return text.replace("-", MINUS).replace("e-", `e${MINUS}`);
   };
 }
@@ -124,7 +130,15 @@ function key(series, marks = {}) {
     const parts = marks.block
       ? [Plot.dot([0], { x: 0, y: 0, r: 7, symbol: "square", fill: shade })]
       : [
-          marks.dots ? null : Plot.ruleY([0], { x1: -1, x2: 1, stroke: shade, strokeWidth: 2, strokeDasharray: DASHES[style % DASHES.length] }),
+          marks.dots
+            ? null
+            : Plot.ruleY([0], {
+                x1: -1,
+                x2: 1,
+                stroke: shade,
+                strokeWidth: 2,
+                strokeDasharray: DASHES[style % DASHES.length],
+              }),
           Plot.dot([0], { x: 0, y: 0, r: 4, symbol: SYMBOLS[style % SYMBOLS.length], fill: shade, stroke: shade }),
         ];
     return entry(parts, name);
@@ -142,7 +156,13 @@ function key(series, marks = {}) {
  * @param {string} name */
 function entry(marks, name) {
   const sample = Plot.plot({
-    width: 34, height: 16, margin: 2, axis: null, x: { domain: [-1, 1] }, y: { domain: [-1, 1] }, marks,
+    width: 34,
+    height: 16,
+    margin: 2,
+    axis: null,
+    x: { domain: [-1, 1] },
+    y: { domain: [-1, 1] },
+    marks,
   });
   sample.setAttribute("aria-hidden", "true");
   return element("span", { class: "entry" }, sample, element("span", { class: "drawn" }, shortened(name, 40)));

@@ -137,7 +137,9 @@ function several(key, one, state, changed) {
     });
     return box;
   });
-  const labels = boxes.map((box, number) => element("label", { class: "check" }, box, one.options?.[number].label ?? ""));
+  const labels = boxes.map((box, number) =>
+    element("label", { class: "check" }, box, one.options?.[number].label ?? ""),
+  );
   return element("fieldset", { class: "control", id: key }, element("legend", {}, one.label), ...labels);
 }
 
@@ -172,7 +174,14 @@ function pick(key, label, names, most = 8) {
  * @param {string} measure
  * @returns {Control[]} */
 function byComponent(data, scoped, place, measure) {
-  return scoped[place]?.[measure] ? [ofComponent(data, data.components.map((_, number) => number))] : [];
+  return scoped[place]?.[measure]
+    ? [
+        ofComponent(
+          data,
+          data.components.map((_, number) => number),
+        ),
+      ]
+    : [];
 }
 
 /** @param {Data} data
@@ -186,5 +195,9 @@ function ofComponent(data, shown) {
 /** @param {Measure[]} measures
  * @returns {Control} */
 function ofMeasure(measures) {
-  return choose("measure", "Measure", measures.map((one) => ({ value: one.key, label: one.label })));
+  return choose(
+    "measure",
+    "Measure",
+    measures.map((one) => ({ value: one.key, label: one.label })),
+  );
 }

@@ -12,7 +12,9 @@ function redrawAll() {
 
 /** @param {HTMLElement[]} sections */
 function contents(sections) {
-  const links = sections.map((one) => element("li", {}, element("a", { href: `#${one.id}` }, one.querySelector("h2")?.textContent ?? "")));
+  const links = sections.map((one) =>
+    element("li", {}, element("a", { href: `#${one.id}` }, one.querySelector("h2")?.textContent ?? "")),
+  );
   return element("nav", { "aria-label": "Sections" }, element("ul", {}, ...links));
 }
 
@@ -46,12 +48,37 @@ function followPrinting() {
 
 function start() {
   const data = readData();
-  const made = [summary, recipe, composition, taskVectors, between, spectra, distributions, subspaces, health, vocabularies, tensors, aboutReport];
+  const made = [
+    summary,
+    recipe,
+    composition,
+    taskVectors,
+    between,
+    spectra,
+    distributions,
+    subspaces,
+    health,
+    vocabularies,
+    tensors,
+    aboutReport,
+  ];
   const sections = made.map((one) => one(data)).filter((one) => one !== null);
   const heading = title(data);
-  const header = element("header", {}, element("div", {}, element("p", { class: "quiet" }, "weightsmith report"), element("h1", {}, heading)), themeSwitch(redrawAll));
+  const header = element(
+    "header",
+    {},
+    element("div", {}, element("p", { class: "quiet" }, "weightsmith report"), element("h1", {}, heading)),
+    themeSwitch(redrawAll),
+  );
   const main = element("main", { id: "content", tabindex: "-1" }, ...sections);
-  document.body.replaceChildren(element("a", { class: "skip", href: "#content" }, "Skip to the content"), header, contents(sections), main, tooltip, aloud);
+  document.body.replaceChildren(
+    element("a", { class: "skip", href: "#content" }, "Skip to the content"),
+    header,
+    contents(sections),
+    main,
+    tooltip,
+    aloud,
+  );
   addEventListener("scroll", hideTooltip, { passive: true });
   followSize();
   followPrinting();

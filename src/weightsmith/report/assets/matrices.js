@@ -14,7 +14,11 @@ function matrixNames(data, tensors) {
     return `${layerName(data, layer)}, ${componentName(data.components[component])}`;
   };
   const names = new Map([...new Set(tensors)].map((tensor) => [tensor, short(tensor)]));
-  const seen = d3.rollup([...names.values()], (/** @type {string[]} */ all) => all.length, (/** @type {string} */ one) => one);
+  const seen = d3.rollup(
+    [...names.values()],
+    (/** @type {string[]} */ all) => all.length,
+    (/** @type {string} */ one) => one,
+  );
   for (const [tensor, name] of names) if (seen.get(name) > 1) names.set(tensor, shortened(tensor, 30));
   return names;
 }
@@ -27,7 +31,10 @@ function spectra(data) {
 
 /** @param {Data} data */
 function singularValues(data) {
-  const names = matrixNames(data, data.spectra.map((one) => one.tensor));
+  const names = matrixNames(
+    data,
+    data.spectra.map((one) => one.tensor),
+  );
   const options = [...names].map(([tensor, name]) => ({ value: tensor, label: name }));
   return figure(
     "singular-values",
@@ -43,14 +50,32 @@ function singularValues(data) {
           style: data.inputs.indexOf(one.model),
           at: kept.map((number) => one.indices[number]),
           values: kept.map((number) => one.values[number]),
-          said: kept.map((number) => `singular value ${say(one.indices[number], "count")}: ${say(one.values[number], "norm")}`),
+          said: kept.map(
+            (number) => `singular value ${say(one.indices[number], "count")}: ${say(one.values[number], "norm")}`,
+          ),
         };
       });
-      const rows = shown.flatMap((one) => one.indices.map((index, number) => [data.models[one.model].label, index, one.values[number]]));
-      const table = tableOf([["Model", "text"], ["Number", "count"], ["Singular value", "norm"]], rows);
-      if (!curved.some((one) => one.at.length)) return { nodes: [element("p", { class: "quiet" }, "No model changed this matrix.")], table };
+      const rows = shown.flatMap((one) =>
+        one.indices.map((index, number) => [data.models[one.model].label, index, one.values[number]]),
+      );
+      const table = tableOf(
+        [
+          ["Model", "text"],
+          ["Number", "count"],
+          ["Singular value", "norm"],
+        ],
+        rows,
+      );
+      if (!curved.some((one) => one.at.length))
+        return { nodes: [element("p", { class: "quiet" }, "No model changed this matrix.")], table };
       const y = { ...named("singular value"), type: "log", tickFormat: tickFormat("norm", true), ticks: 6 };
-      return { nodes: [key(curved), curves(curved, { width, x: "number of the singular value", y, about: "Singular values." })], table };
+      return {
+        nodes: [
+          key(curved),
+          curves(curved, { width, x: "number of the singular value", y, about: "Singular values." }),
+        ],
+        table,
+      };
     },
     sampled(data, "spectra"),
   );
@@ -58,10 +83,21 @@ function singularValues(data) {
 
 /** @param {Data} data */
 function ranksNeeded(data) {
-  const names = matrixNames(data, data.spectra.map((one) => one.tensor));
+  const names = matrixNames(
+    data,
+    data.spectra.map((one) => one.tensor),
+  );
   const energies = data.spectra[0].energies;
   /** @type {[string, Unit?][]} */
-  const heads = [["Matrix", "text"], ["Model", "text"], ["Rows", "count"], ["Columns", "count"], ["Norm", "norm"], ["Effective rank", "norm"], ["Stable rank", "norm"]];
+  const heads = [
+    ["Matrix", "text"],
+    ["Model", "text"],
+    ["Rows", "count"],
+    ["Columns", "count"],
+    ["Norm", "norm"],
+    ["Effective rank", "norm"],
+    ["Stable rank", "norm"],
+  ];
   for (const one of energies) heads.push([`Rank for ${Number((100 * one).toPrecision(4))}%`, "count"]);
   heads.push(["Values computed", "text"]);
   const rows = data.spectra.map((one) => [
@@ -86,7 +122,10 @@ function ranksNeeded(data) {
 /** @param {Data} data */
 function subspaces(data) {
   if (!data.subspaces.length) return null;
-  const names = matrixNames(data, data.subspaces.map((one) => one.tensor));
+  const names = matrixNames(
+    data,
+    data.subspaces.map((one) => one.tensor),
+  );
   const pairs = data.pairs.map((_, pair) => pairName(data, pair));
   /** @type {Measure} */
   const measure = { key: "left", label: "overlap of subspaces", unit: "share", about: "" };
@@ -142,13 +181,42 @@ function distributions(data) {
         const shown = known.filter((one) => one.component === component);
         const curved = shown.flatMap((one) => signed(data, one));
         const rows = shown.flatMap((one) =>
-          one.positive.map((share, bin) => [data.models[one.model].label, one.edges[bin], one.edges[bin + 1], share, one.negative[bin]]),
+          one.positive.map((share, bin) => [
+            data.models[one.model].label,
+            one.edges[bin],
+            one.edges[bin + 1],
+            share,
+            one.negative[bin],
+          ]),
         );
-        const table = tableOf([["Model", "text"], ["Above", "norm"], ["Up to", "norm"], ["Grew", "share"], ["Fell", "share"]], rows);
-        if (!curved.length) return { nodes: [element("p", { class: "quiet" }, "No model changed anything here.")], table };
-        const y = { ...named("share of the entries"), tickFormat: (/** @type {number} */ value) => tickFormat("share")(Math.abs(value)), ticks: 6 };
-        const keys = shown.map((one) => ({ name: data.models[one.model].label, style: data.changed.indexOf(one.model) }));
-        return { nodes: [key(keys), curves(curved, { width, x: "size of the change", y, step: true, about: "Distribution of changes." })], table };
+        const table = tableOf(
+          [
+            ["Model", "text"],
+            ["Above", "norm"],
+            ["Up to", "norm"],
+            ["Grew", "share"],
+            ["Fell", "share"],
+          ],
+          rows,
+        );
+        if (!curved.length)
+          return { nodes: [element("p", { class: "quiet" }, "No model changed anything here.")], table };
+        const y = {
+          ...named("share of the entries"),
+          tickFormat: (/** @type {number} */ value) => tickFormat("share")(Math.abs(value)),
+          ticks: 6,
+        };
+        const keys = shown.map((one) => ({
+          name: data.models[one.model].label,
+          style: data.changed.indexOf(one.model),
+        }));
+        return {
+          nodes: [
+            key(keys),
+            curves(curved, { width, x: "size of the change", y, step: true, about: "Distribution of changes." }),
+          ],
+          table,
+        };
       },
       sampled(data, "histogram"),
     ),
@@ -163,7 +231,8 @@ function signed(data, one) {
   const bins = one.positive.map((_, bin) => bin).filter((bin) => one.positive[bin] + one.negative[bin] > 0);
   if (!bins.length) return [];
   const shown = d3.range(bins[0], bins[bins.length - 1] + 1);
-  const middle = (/** @type {number} */ bin) => Math.sqrt(one.edges[bin] * one.edges[bin + 1]) || one.edges[bin + 1] / Math.SQRT2;
+  const middle = (/** @type {number} */ bin) =>
+    Math.sqrt(one.edges[bin] * one.edges[bin + 1]) || one.edges[bin + 1] / Math.SQRT2;
   const range = (/** @type {number} */ bin) => `${say(one.edges[bin], "norm")} to ${say(one.edges[bin + 1], "norm")}`;
   const name = data.models[one.model].label;
   const style = data.changed.indexOf(one.model);
@@ -182,7 +251,15 @@ function signed(data, one) {
 /** @param {Data} data */
 function moments(data) {
   /** @type {[string, Unit?][]} */
-  const heads = [["Component", "text"], ["Model", "text"], ["Entries counted", "count"], ["Unchanged", "share"], ["Mean", "norm"], ["Deviation", "norm"], ["Excess kurtosis", "norm"]];
+  const heads = [
+    ["Component", "text"],
+    ["Model", "text"],
+    ["Entries counted", "count"],
+    ["Unchanged", "share"],
+    ["Mean", "norm"],
+    ["Deviation", "norm"],
+    ["Excess kurtosis", "norm"],
+  ];
   for (const top of data.histograms[0].tops) heads.push([`Reached by ${topName(top)}`, "norm"]);
   const rows = data.histograms.map((one) => [
     one.component === null ? "all" : componentName(data.components[one.component]),
@@ -194,5 +271,10 @@ function moments(data) {
     one.kurtosis,
     ...one.quantiles,
   ]);
-  return titled("In numbers", "Excess kurtosis is 0 for a normal distribution and 3 for Laplace's: the higher it is, the more a few entries carry the change, and the better trimming does.", heads, rows);
+  return titled(
+    "In numbers",
+    "Excess kurtosis is 0 for a normal distribution and 3 for Laplace's: the higher it is, the more a few entries carry the change, and the better trimming does.",
+    heads,
+    rows,
+  );
 }

@@ -14,13 +14,32 @@ function recipe(data) {
   const names = [...new Set(known.inputs.flatMap((one) => Object.keys(one.parameters)))];
   /** @type {[string, Unit?][]} */
   const heads = [["Model", "text"], ...names.map((name) => /** @type {[string, Unit]} */ ([name, "text"]))];
-  const facts = [`Method: ${known.method}`, known.dtype ? `written in ${known.dtype}` : "", known.steps.length ? `after the steps ${known.steps.join(", ")}` : ""];
+  const facts = [
+    `Method: ${known.method}`,
+    known.dtype ? `written in ${known.dtype}` : "",
+    known.steps.length ? `after the steps ${known.steps.join(", ")}` : "",
+  ];
   return section(
     "recipe",
     "Recipe",
     element("p", {}, `${facts.filter(Boolean).join("; ")}.`),
-    names.length ? titled("Parameters of each model", "", heads, known.inputs.map((one) => [one.model, ...names.map((name) => one.parameters[name] ?? null)])) : null,
-    titled("Parameters for all", "", [["Parameter", "text"], ["Value", "text"]], Object.entries(known.parameters)),
+    names.length
+      ? titled(
+          "Parameters of each model",
+          "",
+          heads,
+          known.inputs.map((one) => [one.model, ...names.map((name) => one.parameters[name] ?? null)]),
+        )
+      : null,
+    titled(
+      "Parameters for all",
+      "",
+      [
+        ["Parameter", "text"],
+        ["Value", "text"],
+      ],
+      Object.entries(known.parameters),
+    ),
     element("details", {}, element("summary", {}, "The whole recipe"), element("pre", { tabindex: "0" }, known.text)),
   );
 }
@@ -28,7 +47,13 @@ function recipe(data) {
 /** @param {Data} data */
 function composition(data) {
   const measures = present(SHARES, data.composition, "layers");
-  return section("composition", "What is in the result", measures.length ? shares(data, measures) : null, wholeResult(data), ...folder(data));
+  return section(
+    "composition",
+    "What is in the result",
+    measures.length ? shares(data, measures) : null,
+    wholeResult(data),
+    ...folder(data),
+  );
 }
 
 /** @param {Data} data
@@ -80,11 +105,23 @@ function folder(data) {
   const written = known.written ? `, ${known.written.replace("T", " ").replace("+00:00", " UTC")}` : "";
   return [
     element("p", {}, `${known.path} was written by weightsmith ${known.version} (${known.arithmetic})${written}.`),
-    titled("Files of the result", "", [["File", "text"], ["Size", "bytes"]], Object.entries(known.files)),
+    titled(
+      "Files of the result",
+      "",
+      [
+        ["File", "text"],
+        ["Size", "bytes"],
+      ],
+      Object.entries(known.files),
+    ),
     titled(
       "Files that it was made from",
       "",
-      [["File", "text"], ["Size then", "bytes"], ["Now", "text"]],
+      [
+        ["File", "text"],
+        ["Size then", "bytes"],
+        ["Now", "text"],
+      ],
       known.inputs.map((one) => [one.path, one.nbytes, one.state]),
     ),
   ];

@@ -3,8 +3,20 @@
 /** @type {Measure[]} */
 const AGREEMENTS = [
   { key: "cosine", label: "cosine of task vectors", unit: "cosine", about: "", pivot: 0, most: 1 },
-  { key: "sameSign", label: "sign agreement", unit: "share", about: "share of the entries that both moved in which they have one sign", pivot: 0.5, most: 0.5 },
-  { key: "conflict", label: "conflicting mass", unit: "share", about: "share of both task vectors' mass against the sign that the two elect", },
+  {
+    key: "sameSign",
+    label: "sign agreement",
+    unit: "share",
+    about: "share of the entries that both moved in which they have one sign",
+    pivot: 0.5,
+    most: 0.5,
+  },
+  {
+    key: "conflict",
+    label: "conflicting mass",
+    unit: "share",
+    about: "share of both task vectors' mass against the sign that the two elect",
+  },
   { key: "bothMoved", label: "entries that both moved", unit: "share", about: "" },
   { key: "equal", label: "entries that are equal", unit: "share", about: "" },
   { key: "distance", label: "distance of the models", unit: "norm", about: "" },
@@ -18,7 +30,15 @@ const CONFLICTS = [
 /** @param {Data} data */
 function between(data) {
   if (!data.pairs.length) return null;
-  return section("between-models", "Between models", overall(data), byLayer(data), conflict(data), overlaps(data), overlapsByLayer(data));
+  return section(
+    "between-models",
+    "Between models",
+    overall(data),
+    byLayer(data),
+    conflict(data),
+    overlaps(data),
+    overlapsByLayer(data),
+  );
 }
 
 /** Figures over everything or one component.
@@ -41,7 +61,8 @@ function figureOf(data, scoped, component, measure, subject) {
  * @param {number} subject
  * @returns {(number | null)[]} */
 function layersOf(data, scoped, component, measure, subject) {
-  if (component === undefined || component === "all") return scoped.layers?.[measure]?.[subject] ?? data.layers.map(() => null);
+  if (component === undefined || component === "all")
+    return scoped.layers?.[measure]?.[subject] ?? data.layers.map(() => null);
   /** @type {(number | null)[]} */
   const found = data.layers.map(() => null);
   data.cells.forEach(([layer, part], number) => {
@@ -108,7 +129,10 @@ function byLayer(data) {
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
       if (state.view === "maps") {
         const all = data.agreements.cells?.[measure.key] ?? [];
-        const chosen = shown.map((/** @type {number} */ one) => ({ name: names[one], values: all[one] ?? data.cells.map(() => null) }));
+        const chosen = shown.map((/** @type {number} */ one) => ({
+          name: names[one],
+          values: all[one] ?? data.cells.map(() => null),
+        }));
         return maps(data, chosen, measure, "shared", width);
       }
       const series = shown.map((/** @type {number} */ one) => ({
@@ -131,7 +155,16 @@ function byLayer(data) {
  */
 function lineDrawing(data, series, measure, width) {
   const rows = data.layers.map((one, number) => [one.key, ...series.map((line) => line.values[number] ?? null)]);
-  const table = tableOf([["Layer", "text"], ...measured(series.map((one) => one.name), measure)], rows);
+  const table = tableOf(
+    [
+      ["Layer", "text"],
+      ...measured(
+        series.map((one) => one.name),
+        measure,
+      ),
+    ],
+    rows,
+  );
   if (!series.some((one) => one.values.some((value) => value !== null))) {
     return { nodes: [element("p", { class: "quiet" }, "Nothing is chosen that has values.")], table };
   }
@@ -150,7 +183,13 @@ function conflict(data) {
     [ofMeasure(measures)],
     (state, width) => {
       const measure = /** @type {Measure} */ (measures.find((one) => one.key === state.measure));
-      return maps(data, [{ name: "", values: data.conflicts.cells?.[measure.key]?.[0] ?? [] }], measure, "shared", width);
+      return maps(
+        data,
+        [{ name: "", values: data.conflicts.cells?.[measure.key]?.[0] ?? [] }],
+        measure,
+        "shared",
+        width,
+      );
     },
   );
 }
@@ -172,7 +211,10 @@ function overlaps(data) {
     "overlap",
     "Do they change the same entries?",
     "Of the entries that each of two models changed most, the share that both have in common. Crosses mark what chance would give.",
-    [...byComponent(data, data.overlaps, "components", "overlap"), ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : [])],
+    [
+      ...byComponent(data, data.overlaps, "components", "overlap"),
+      ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : []),
+    ],
     (state, width) => {
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
       const found = data.tops.flatMap((top, number) =>
@@ -200,7 +242,15 @@ function overlaps(data) {
  */
 function dotDrawing(found, heads, measure, width) {
   const rows = found.map((one) => [one.row, one.name, one.value, one.chance]);
-  const table = tableOf([[heads[0], "text"], [heads[1], "text"], [measure.label, measure.unit], ["by chance", measure.unit]], rows);
+  const table = tableOf(
+    [
+      [heads[0], "text"],
+      [heads[1], "text"],
+      [measure.label, measure.unit],
+      ["by chance", measure.unit],
+    ],
+    rows,
+  );
   const known = /** @type {(typeof found[0] & {value: number})[]} */ (found.filter((one) => one.value !== null));
   if (!known.length) return { nodes: [element("p", { class: "quiet" }, "Nothing is chosen that has values.")], table };
   const series = [...new Map(known.map((one) => [one.name, { name: one.name, style: one.style }])).values()];
@@ -227,14 +277,24 @@ function overlapsByLayer(data) {
     "overlap-by-layer",
     "The same, layer by layer",
     "",
-    [choose("top", "Entries", options), ...byComponent(data, data.overlaps, "cells", "overlap"), ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : [])],
+    [
+      choose("top", "Entries", options),
+      ...byComponent(data, data.overlaps, "cells", "overlap"),
+      ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : []),
+    ],
     (state, width) => {
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
       const of = (/** @type {string} */ measure, /** @type {number} */ pair) =>
         layersOf(data, data.overlaps, state.component, measure, pair * tops + Number(state.top));
       /** @type {Series[]} */
-      const series = shown.map((/** @type {number} */ pair) => ({ name: names[pair], style: pair, values: of("overlap", pair) }));
-      series.push(...chances(shown.map((/** @type {number} */ pair) => ({ name: names[pair], values: of("chance", pair) }))));
+      const series = shown.map((/** @type {number} */ pair) => ({
+        name: names[pair],
+        style: pair,
+        values: of("overlap", pair),
+      }));
+      series.push(
+        ...chances(shown.map((/** @type {number} */ pair) => ({ name: names[pair], values: of("chance", pair) }))),
+      );
       return lineDrawing(data, series, OVERLAP, width);
     },
     sampled(data, "overlap"),

@@ -7,7 +7,9 @@
  */
 function csv(table, rows) {
   const shown = rows ?? Array.from({ length: table.length }, (_, number) => number);
-  const heads = table.columns.map((column) => csvCell(column.unit === "share" ? `${column.label} (share)` : column.label));
+  const heads = table.columns.map((column) =>
+    csvCell(column.unit === "share" ? `${column.label} (share)` : column.label),
+  );
   const lines = shown.map((row) => table.columns.map((column) => csvCell(column.get(row))).join(","));
   return [heads.join(","), ...lines, ""].join("\r\n");
 }
@@ -82,7 +84,10 @@ async function png(box, title) {
     context.drawImage(image, ...at(place), place.width, place.height);
   }
   return new Promise((done, failed) => {
-    canvas.toBlob((blob) => (blob ? done(blob) : failed(new Error("the picture is too large to be saved"))), "image/png");
+    canvas.toBlob(
+      (blob) => (blob ? done(blob) : failed(new Error("the picture is too large to be saved"))),
+      "image/png",
+    );
   });
 }
 

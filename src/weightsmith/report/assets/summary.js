@@ -16,7 +16,12 @@ const LEVELS = {
 function section(id, title, ...children) {
   const shown = children.filter((one) => one !== null);
   if (!shown.length) return null;
-  return element("section", { id, "aria-labelledby": `${id}-title` }, element("h2", { id: `${id}-title` }, title), ...shown);
+  return element(
+    "section",
+    { id, "aria-labelledby": `${id}-title` },
+    element("h2", { id: `${id}-title` }, title),
+    ...shown,
+  );
 }
 
 /**
@@ -83,7 +88,10 @@ function findings(heading, all) {
 function finding(one) {
   const { mark, name } = LEVELS[one.level];
   const { layer, component, tensor } = one.scope;
-  const where = [...one.models, ...[tensor, tensor ? null : layer, component && !tensor ? componentName(component) : null]];
+  const where = [
+    ...one.models,
+    ...[tensor, tensor ? null : layer, component && !tensor ? componentName(component) : null],
+  ];
   const about = where.filter((part) => part !== null).join(", ");
   return element(
     "li",
@@ -142,11 +150,22 @@ function compared(data) {
     one.reference + (one.computed ? " (computed)" : ""),
   ]);
   /** @type {[string, Unit?][]} */
-  const heads = [["Model", "text"], ["Part", "text"], ["Parameters", "count"], ["Size", "bytes"], ["Dtypes", "text"], ["Tensors", "count"], ["Layers", "count"], ["Architecture", "text"], ["Named as", "text"]];
+  const heads = [
+    ["Model", "text"],
+    ["Part", "text"],
+    ["Parameters", "count"],
+    ["Size", "bytes"],
+    ["Dtypes", "text"],
+    ["Tensors", "count"],
+    ["Layers", "count"],
+    ["Architecture", "text"],
+    ["Named as", "text"],
+  ];
   return titled("What is compared", "", heads, rows);
 }
 
-const P_VALUE = "p is the chance that weights which have nothing to do with the base's lie as near to them as the model's do.";
+const P_VALUE =
+  "p is the chance that weights which have nothing to do with the base's lie as near to them as the model's do.";
 
 /** @param {Data} data */
 function trainedFromBase(data) {
@@ -158,7 +177,12 @@ function trainedFromBase(data) {
     return found.every(({ value }) => value === null || Number.isInteger(value)) ? "count" : "norm";
   };
   /** @type {[string, Unit?][]} */
-  const heads = [["Model", "text"], ["Trained from it", "text"], ["p if it were unrelated", "norm"], ...names.map((name) => /** @type {[string, Unit]} */ ([name, unit(name)]))];
+  const heads = [
+    ["Model", "text"],
+    ["Trained from it", "text"],
+    ["p if it were unrelated", "norm"],
+    ...names.map((name) => /** @type {[string, Unit]} */ ([name, unit(name)])),
+  ];
   const rows = data.baseTests.map((one) => [
     one.model,
     one.shares === null ? "not known" : one.shares ? "yes" : "no",

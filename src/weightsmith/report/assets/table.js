@@ -116,7 +116,8 @@ function widths(table) {
   for (const column of table.columns) {
     const made = element("col");
     let most = column.label.length + 6;
-    if (column.wide) for (let row = 0; row < table.length; row++) most = Math.max(most, 0.9 * String(column.get(row)).length + 3);
+    if (column.wide)
+      for (let row = 0; row < table.length; row++) most = Math.max(most, 0.9 * String(column.get(row)).length + 3);
     made.style.width = `${Math.min(Math.max(most, 9), 64)}ch`;
     group.append(made);
   }
