@@ -463,6 +463,27 @@ def test_all_text_and_lines_have_contrast(show, scheme):
     assert in_cells == 8 * 7
 
 
+def test_no_two_lines_that_are_shown_look_the_same(show):
+    page = show(example_report(1, 8))
+    looks = """(() => {
+      const marks = document.querySelectorAll("#agreement-by-layer .entry svg");
+      return [...marks].map((one) => {
+        const dot = one.querySelector("g[aria-label=dot]");
+        return dot.getAttribute("stroke") + dot.querySelector("path, circle").outerHTML.replace(/ style=.*/, "");
+      });
+    })()"""
+    first = "document.querySelectorAll('#agreement-by-layer fieldset input')[{}].click()"
+    page.run(first.format(0))
+    page.run(first.format(8))
+    some = page.run(looks)
+    assert len(set(some)) == 6
+    page.run(
+        "for (const one of document.querySelectorAll('#agreement-by-layer fieldset input:not(:checked)')) one.click()"
+    )
+    every = page.run(looks)
+    assert len(set(every)) == len(every) == 28
+
+
 def test_theme_follows_the_system_until_one_is_chosen(show):
     page = show(example_report(2, 2), scheme="dark")
     ground = "getComputedStyle(document.body).backgroundColor"

@@ -16,7 +16,7 @@ function lines(data, series, measure, width) {
   const known = series.flatMap((one) => one.values.filter((value) => value !== null));
   const marks = series.flatMap((one) => {
     const shade = one.chance ? quiet : shades[one.style % shades.length];
-    const dash = one.chance ? "1 3" : DASHES[one.style % DASHES.length];
+    const dash = one.chance ? "1 3" : nth(DASHES, one.style);
     const channels = { x: "layer", y: "value", z: "part", stroke: shade };
     return [
       Plot.line(rows(one), { ...channels, strokeWidth: 1.75, strokeDasharray: dash }),
@@ -26,7 +26,7 @@ function lines(data, series, measure, width) {
             ...channels,
             fill: shade,
             r: step > 12 ? 3.2 : 2.4,
-            symbol: SYMBOLS[one.style % SYMBOLS.length],
+            symbol: nth(SYMBOLS, one.style),
             strokeWidth: 1,
           }),
     ];
@@ -122,7 +122,7 @@ function dots(values, measure, width) {
       Plot.dot(mine, {
         y: "row",
         x: "value",
-        symbol: SYMBOLS[style % SYMBOLS.length],
+        symbol: nth(SYMBOLS, style),
         fill: shade,
         stroke: shade,
         r: 3.5,
@@ -231,7 +231,7 @@ function curves(curves, options) {
         y: "y",
         stroke: shade,
         strokeWidth: 1.75,
-        strokeDasharray: DASHES[one.style % DASHES.length],
+        strokeDasharray: nth(DASHES, one.style),
         curve: options.step ? "step" : "linear",
       }),
       options.step
@@ -242,7 +242,7 @@ function curves(curves, options) {
             r: 2.6,
             fill: shade,
             stroke: shade,
-            symbol: SYMBOLS[one.style % SYMBOLS.length],
+            symbol: nth(SYMBOLS, one.style),
           }),
     ];
   });

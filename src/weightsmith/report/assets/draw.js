@@ -137,9 +137,9 @@ function key(series, marks = {}) {
                 x2: 1,
                 stroke: shade,
                 strokeWidth: 2,
-                strokeDasharray: DASHES[style % DASHES.length],
+                strokeDasharray: nth(DASHES, style),
               }),
-          Plot.dot([0], { x: 0, y: 0, r: 4, symbol: SYMBOLS[style % SYMBOLS.length], fill: shade, stroke: shade }),
+          Plot.dot([0], { x: 0, y: 0, r: 4, symbol: nth(SYMBOLS, style), fill: shade, stroke: shade }),
         ];
     return entry(parts, name);
   });

@@ -146,13 +146,14 @@ function subspaces(data) {
       ],
       (state, width) => {
         const shown = pairs.length > 1 ? state.pairs.map(Number) : [0];
+        const style = styled(pairs, shown);
         const left = state.side === "left";
         const found = data.subspaces
           .filter((one) => shown.includes(one.pair))
           .map((one) => ({
             row: names.get(one.tensor) ?? one.tensor,
             name: pairs[one.pair],
-            style: one.pair,
+            style: style(one.pair),
             value: left ? one.left : one.right,
             chance: left ? one.chanceLeft : one.chanceRight,
           }));

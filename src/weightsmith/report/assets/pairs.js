@@ -127,6 +127,7 @@ function byLayer(data) {
     (state, width) => {
       const measure = /** @type {Measure} */ (measures.find((one) => one.key === state.measure));
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
+      const style = styled(names, shown);
       if (state.view === "maps") {
         const all = data.agreements.cells?.[measure.key] ?? [];
         const chosen = shown.map((/** @type {number} */ one) => ({
@@ -137,7 +138,7 @@ function byLayer(data) {
       }
       const series = shown.map((/** @type {number} */ one) => ({
         name: names[one],
-        style: one,
+        style: style(one),
         values: layersOf(data, data.agreements, state.component, measure.key, one),
       }));
       return lineDrawing(data, series, measure, width);
@@ -217,11 +218,12 @@ function overlaps(data) {
     ],
     (state, width) => {
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
+      const style = styled(names, shown);
       const found = data.tops.flatMap((top, number) =>
         shown.map((/** @type {number} */ pair) => ({
           row: topName(top),
           name: names[pair],
-          style: pair,
+          style: style(pair),
           value: figureOf(data, data.overlaps, state.component, "overlap", pair * tops + number),
           chance: figureOf(data, data.overlaps, state.component, "chance", pair * tops + number),
         })),
@@ -284,12 +286,13 @@ function overlapsByLayer(data) {
     ],
     (state, width) => {
       const shown = names.length > 1 ? state.pairs.map(Number) : [0];
+      const style = styled(names, shown);
       const of = (/** @type {string} */ measure, /** @type {number} */ pair) =>
         layersOf(data, data.overlaps, state.component, measure, pair * tops + Number(state.top));
       /** @type {Series[]} */
       const series = shown.map((/** @type {number} */ pair) => ({
         name: names[pair],
-        style: pair,
+        style: style(pair),
         values: of("overlap", pair),
       }));
       series.push(

@@ -9,6 +9,21 @@ const SYMBOLS = ["circle", "triangle", "square", "diamond", "cross", "star", "wy
 const LIGHT_DIVERGING = ["#8c4404", "#e08214", "#fdd09a", "#f4f4f4", "#cfcbe6", "#8073ac", "#3d1a6e"];
 const DARK_DIVERGING = ["#ffc27a", "#d9851f", "#7a4a12", "#2b3036", "#4d4383", "#8f81d0", "#d6cbff"];
 
+/** The dash or symbol of a style. Colours come round after eight, and then go with others of these.
+ * @param {string[]} all
+ * @param {number} style */
+function nth(all, style) {
+  return all[(style + Math.floor(style / all.length)) % all.length];
+}
+
+/** The style of each of those shown: its own where there are enough for all of them, else by its place.
+ * @param {string[]} names all that could be shown
+ * @param {number[]} shown
+ * @returns {(one: number) => number} */
+function styled(names, shown) {
+  return (one) => (names.length > SYMBOLS.length ? shown.indexOf(one) : one);
+}
+
 /** Set while the page is printed. */
 let printing = false;
 
