@@ -292,6 +292,26 @@ def test_dtypes_and_whole_numbers(write_model):
     assert found.changes.total[0].relative < 1e-3
 
 
+def test_models_of_any_float_dtype_are_measured_with_their_own_values(write_model):
+    base = llama_tensors(0)
+    models = {"f8": tuned(base, 1, ml_dtypes.float8_e4m3fn), "f16": tuned(base, 2, np.float16)}
+    models["f64"] = tuned(base, 3, np.float64, scale=1e-9)
+    paths = [write_model(name, one) for name, one in models.items()]
+    found = ws.report(*paths, base=write_model("base", base))
+    for row in found.changes.tensors:
+        one, other = (tensors[row.scope.tensor].astype(np.float64) for tensors in (base, models[row.model]))
+        assert row.delta_norm == close(np.linalg.norm(other - one))
+        assert row.changed == np.mean(other != one)
+    assert {row.scope.tensor for row in found.changes.tensors} == set(base)
+
+
+def test_what_is_kept_in_whole_numbers_is_told_of(write_model):
+    base = {"a.weight": np.ones((4, 16), np.float32), "b.weight": np.ones((64, 64), np.uint8)}
+    found = ws.report(write_model("x", base), base=write_model("base", base))
+    (note,) = found.notes
+    assert note == "of base, 1 of 2 tensors hold whole numbers (a quantised model's, perhaps) and are in no figure"
+
+
 def test_dead_and_duplicated_rows_are_named(write_model):
     base = llama_tensors(0, vocabulary=30)
     base["model.embed_tokens.weight"][[4, 9]] = 0

@@ -18,7 +18,7 @@ from weightsmith.report.advice import with_conclusions
 from weightsmith.report.distribution import SAMPLE, SAMPLE_RULE, histograms, overlaps
 from weightsmith.report.findings import Health, Nonfinite, Report, Rows, Sampling, Scoped, TensorFacts, Timing
 from weightsmith.report.inputs import Inputs, find_inputs
-from weightsmith.report.measure import Findings, Subject, measure_all, subjects
+from weightsmith.report.measure import Found, Subject, measure_all, subjects
 from weightsmith.report.quantities import Quantities
 from weightsmith.report.scopes import Distributions, OfTensor, Scopes
 from weightsmith.report.spectra import CHOICE_RULE, METHOD_RULE, Spectra, choose, decompose
@@ -117,7 +117,7 @@ class _Making:
                 for statistic in ("spectra", "subspaces")
             ]
 
-    def _take(self, found: Findings) -> None:
+    def _take(self, found: Found) -> None:
         """Note what was found of a tensor."""
         subject, sides = found.subject, self.inputs.sides
         counts, layout = found.measured.counts, found.layout
@@ -202,5 +202,5 @@ class _Making:
             merged=inputs.merged,
             sampling=tuple(self.sampling),
             timings=tuple(self.timings),
-            notes=(*inputs.notes, *notes),
+            notes=(*inputs.notes, *facts.note_on_dtypes(inputs.base), *notes),
         )

@@ -14,7 +14,15 @@ from weightsmith.engine.expression import is_made
 from weightsmith.errors import CheckpointError
 from weightsmith.inspection import text_of, texts_of
 from weightsmith.plan.vocabularies import token_rows
-from weightsmith.report.findings import Difference, DtypeShare, Layer, Model, TokenDifference, Vocabulary
+from weightsmith.report.findings import (
+    Difference,
+    DifferenceKind,
+    DtypeShare,
+    Layer,
+    Model,
+    TokenDifference,
+    Vocabulary,
+)
 from weightsmith.report.inputs import Side
 from weightsmith.tokenizer.tokenizer import read_tokenizer
 
@@ -80,6 +88,18 @@ def describe(side: Side, vocabulary: Mapping[str, int] | None) -> Model:
     )
 
 
+def note_on_dtypes(side: Side) -> list[str]:
+    """Return what a person should know where most of a model is in dtypes that are in no figure."""
+    checkpoint = side.checkpoint
+    others = [tensor for tensor in checkpoint.values() if not dtypes.is_float(tensor.dtype)]
+    if 2 * sum(tensor.nbytes for tensor in others) <= checkpoint.nbytes:
+        return []
+    return [
+        f"of {side.label}, {len(others):,} of {len(checkpoint):,} tensors hold whole numbers (a quantised model's, "
+        "perhaps) and are in no figure"
+    ]
+
+
 def vocabularies(sides: Sequence[Side]) -> tuple[list[Mapping[str, int] | None], list[str]]:
     """Return the tokens of each model, and what a person should know of those that cannot be read."""
     found: list[Mapping[str, int] | None] = []
@@ -125,8 +145,8 @@ def differences(sides: Sequence[Side]) -> Iterator[Difference]:
         for name, tensor in base.items():
             own = model.get(name)
             if own is None:
-                kind = "tied" if _is_tied(name, model) else "missing"
-                yield Difference(side.label, name, kind, str(list(tensor.shape)), "")  # type: ignore[arg-type]
+                kind: DifferenceKind = "tied" if _is_tied(name, model) else "missing"
+                yield Difference(side.label, name, kind, str(list(tensor.shape)), "")
             elif own.shape != tensor.shape:
                 yield Difference(side.label, name, "shape", str(list(tensor.shape)), str(list(own.shape)))
             elif own.dtype != tensor.dtype:
@@ -135,7 +155,7 @@ def differences(sides: Sequence[Side]) -> Iterator[Difference]:
         for name, own in model.items():
             if name not in base:
                 kind = "tied" if _is_tied(name, base) else "extra"
-                yield Difference(side.label, name, kind, "", str(list(own.shape)))  # type: ignore[arg-type]
+                yield Difference(side.label, name, kind, "", str(list(own.shape)))
 
 
 def _is_tied(name: str, model: Checkpoint) -> bool:

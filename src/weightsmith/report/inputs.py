@@ -15,7 +15,7 @@ import yaml
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint, Identity
 from weightsmith.checkpoint.folder import open_weights
-from weightsmith.checkpoint.manifest import Manifest, manifest_text, read_manifest
+from weightsmith.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_text, read_manifest
 from weightsmith.checkpoint.reference import ShortNames
 from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
 from weightsmith.checkpoint.storage import is_url
@@ -24,7 +24,7 @@ from weightsmith.plan.compile import compile_recipe
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.load import load_recipe
 from weightsmith.recipe.schema import Merge, Recipe
-from weightsmith.report.findings import InputFile, Kind, Merged, RecipeFacts, RecipeInput
+from weightsmith.report.findings import FileState, InputFile, Kind, Merged, RecipeFacts, RecipeInput
 
 _RECIPES = (".yaml", ".yml")
 # What the texts of outputs that are no merges begin with; see weightsmith.plan.remake.
@@ -268,13 +268,11 @@ def _lists(value: Any) -> Any:
 
 
 def _written(path: Path) -> str:
-    from weightsmith.checkpoint.manifest import MANIFEST_FILE
-
     file = path / MANIFEST_FILE if path.is_dir() else path
     return datetime.fromtimestamp(int(file.stat().st_mtime), UTC).isoformat()
 
 
-def _state(identity: Identity) -> Any:
+def _state(identity: Identity) -> FileState:
     if is_url(identity.path):
         return "unknown"
     try:

@@ -22,7 +22,7 @@ from weightsmith.engine.threads import ThreadMapper
 from weightsmith.kernels.convert import widen
 from weightsmith.kernels.measure import Layout, Measured, finite, measure, readable, row_hashes
 from weightsmith.report.distribution import Entries, counted, sample_places, sampled
-from weightsmith.report.rows import LONGEST_ROW, SHORTEST_ROW, DeadRows, RowHashes, find_rows
+from weightsmith.report.rows import LONGEST_ROW, MOST_ROWS, SHORTEST_ROW, DeadRows, RowHashes, find_rows
 
 # Entries that are measured at a time. Sums depend on it in their last digits, so it is part of what a figure is.
 BLOCK = 1 << 18
@@ -69,14 +69,14 @@ class Subject:
     def columns(self) -> int | None:
         """Length of the rows that are looked at, None for none."""
         shape = self.tensors[0].shape
-        if len(shape) < 2 or not shape[0]:
+        if len(shape) < 2 or not 0 < shape[0] <= MOST_ROWS:
             return None
         columns = self.size // shape[0]
         return columns if SHORTEST_ROW <= columns <= LONGEST_ROW else None
 
 
 @dataclass(frozen=True)
-class Findings:
+class Found:
     """What was found of a tensor.
 
     Attributes:
@@ -124,7 +124,7 @@ def comparable(one: Tensor, other: Tensor | None) -> bool:
 
 def measure_all(
     tensors: Sequence[Subject], mapper: ThreadMapper, listener: ProgressListener, *, exact: bool
-) -> Iterator[Findings]:
+) -> Iterator[Found]:
     """Measure tensors, and yield what was found in their order.
 
     Memory does not grow with models: a few blocks are held, and of each tensor a sample and the hashes of its rows.
@@ -139,7 +139,7 @@ def measure_all(
         CheckpointError: if a tensor cannot be read.
     """
     shared: dict[int, Any] = {}
-    finishing: deque[Future[list[Findings]]] = deque()
+    finishing: deque[Future[list[Found]]] = deque()
 
     def pieces() -> Iterator[_Piece]:
         small: list[_Work] = []
@@ -157,7 +157,7 @@ def measure_all(
         if small:
             yield _Piece(tuple(small))
 
-    def finished(most: int) -> Iterator[Findings]:
+    def finished(most: int) -> Iterator[Found]:
         while len(finishing) > most:
             for found in finishing.popleft().result():
                 listener.tensor_done(found.subject.name)
@@ -192,7 +192,7 @@ class _Part:
 class _Wholes:
     """What was found of small tensors, each at once: to hand one of them from thread to thread costs more than it."""
 
-    findings: list[Findings]
+    findings: list[Found]
     nbytes: int
 
 
@@ -236,7 +236,7 @@ class _Work:
             sum((stop - start) * tensor.dtype.itemsize for tensor in tensors),
         )
 
-    def finish(self) -> Findings:
+    def finish(self) -> Found:
         """Put the blocks together."""
         parts, self.parts = self.parts, []
         rows: dict[int, DeadRows] = {}
@@ -252,7 +252,7 @@ class _Work:
                 samples = [part.sample for part in parts if part.sample is not None]
                 entries = sampled(np.concatenate(samples, axis=1), self.subject.size)
         measured = _together(self.layout, [part.measured for part in parts])
-        return Findings(self.subject, measured, self.layout, entries, rows)
+        return Found(self.subject, measured, self.layout, entries, rows)
 
     def _task_vectors(self) -> Iterator[Array]:
         """Yield the task vectors of the voters, a block at a time: ``[voters, k]``."""
@@ -291,9 +291,9 @@ def _visit(piece: _Piece) -> tuple[_Piece, _Part | _Wholes]:
     return piece, _Wholes(findings, nbytes)
 
 
-def _known(findings: list[Findings]) -> Future[list[Findings]]:
+def _known(findings: list[Found]) -> Future[list[Found]]:
     """Return what is known already, among what is waited for."""
-    future: Future[list[Findings]] = Future()
+    future: Future[list[Found]] = Future()
     future.set_result(findings)
     return future
 

@@ -11,6 +11,8 @@ from weightsmith.checkpoint.tensor import Array
 
 # Rows of fewer entries are alike by chance; longer ones are not held in a block.
 SHORTEST_ROW, LONGEST_ROW = 8, 1 << 18
+# Of more rows hashes would take too much memory.
+MOST_ROWS = 1 << 22
 # Rows that are named; all are counted.
 _NAMED = 10
 
