@@ -10,7 +10,7 @@ function cellWidth(data, count, width) {
   const columns = data.layers.length;
   const across = Math.max(1, Math.min(count, Math.floor((width + 24) / (LABELS + 9 * columns + 36))));
   const room = (width + 24) / across - 24 - LABELS - 12;
-  return Math.max(7, Math.min(26, room / columns));
+  return Math.max(7, Math.min(30, room / columns));
 }
 
 /**
