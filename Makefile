@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types unit docs coverage benchmark quality fuzz clean
+.PHONY: quickstart test lint types unit docs coverage benchmark quality fuzz vendor scripts clean
 
 # The core alone: what a person who merges models needs.
-$(VENV)/.core: requirements/core.txt pyproject.toml hatch_build.py $(wildcard src/weightsmith/kernels/native/*.c)
+$(VENV)/.core: requirements/core.txt pyproject.toml hatch_build.py $(wildcard src/weightsmith/kernels/native/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements/core.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
@@ -57,6 +57,26 @@ fuzz: $(VENV)/.core
 	$(BIN)/python fuzz/run.py bundle --executions 700000
 	$(BIN)/python fuzz/run.py recipe --executions 500000
 	$(BIN)/python fuzz/run.py slow_tokenizers --executions 500000
+
+# The plotting code of the report's page, unmodified, from the npm registry. The README beside it says its hashes.
+ASSETS := src/weightsmith/report/assets
+vendor:
+	set -e; folder=$$(mktemp -d); \
+	take() { tar xzf "$$folder/$$(npm pack --silent --pack-destination "$$folder" "$$1" | tail -1)" -C "$$folder"; \
+	  test -z "$$2" || cp "$$folder/package/$$2" "$(ASSETS)/vendor/$$3.min.js"; \
+	  cp "$$folder/package/LICENSE" "$(ASSETS)/vendor/$$3.LICENSE"; rm -r "$$folder/package"; }; \
+	take d3@7.9.2 dist/d3.min.js d3; \
+	take @observablehq/plot@0.6.17 dist/plot.umd.min.js plot; \
+	take isoformat@0.2.1 "" isoformat; \
+	take interval-tree-1d@1.0.4 "" interval-tree-1d; \
+	take binary-search-bounds@2.0.5 "" binary-search-bounds; \
+	rm -r "$$folder"
+	sha256sum $(ASSETS)/vendor/*.js
+
+# Types and format of the page's own scripts; needs npm.
+scripts:
+	npx --yes prettier@3.6.2 --print-width 120 --check "$(ASSETS)/*.{js,ts}"
+	npx --yes --package typescript@5.9.3 tsc --project $(ASSETS)/jsconfig.json
 
 clean:
 	rm -rf $(VENV) site out quickstart .mypy_cache .pytest_cache .ruff_cache .hypothesis fuzz/corpus fuzz/found

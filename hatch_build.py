@@ -34,11 +34,11 @@ FLAGS = (
 )
 # Levels of the instruction set: the number in the names of the functions, zig's name and GCC's.
 X86_LEVELS = ((0, "x86_64", "x86-64"), (3, "x86_64_v3", "x86-64-v3"), (4, "x86_64_v4", "x86-64-v4"))
-# What is compiled for each of them, and what for more than the compilers' 256 bits where registers have 512: a third
-# faster, in code that runs for minutes on end.
-LEVELLED = ("machine", "pursuit")
-WIDEST = {("pursuit", 4): "-mprefer-vector-width=512"}
 GLIBC = "2.17"
+# Compiled once for every level, with flags of their own; level.c, which chooses among levels, once. Compilers shun the
+# widest vectors where they cannot tell how long a loop runs.
+_WIDE = ("-mprefer-vector-width=512",)
+KERNELS = {"machine": (), "measure": _WIDE, "pursuit": _WIDE}
 
 
 class KernelsHook(BuildHookInterface[Any]):
@@ -70,11 +70,10 @@ def compile_library(sources: Path, library: Path, folder: Path) -> None:
     objects = []
     for level, zig, gcc in X86_LEVELS if x86 else ((0, "", ""),):
         cpu = ([f"-march={gcc}"] if own else [f"-mcpu={zig}"]) if zig else []
-        for name in LEVELLED:
+        for name, own_flags in KERNELS.items():
+            flags = [f"-DWS_LEVEL={level}", "-fvisibility=hidden", *cpu, *(own_flags if x86 else ())]
             objects.append(str(folder / f"{name}{level}.o"))
-            source = str(sources / f"{name}.c")
-            wide = [WIDEST[name, level]] if (name, level) in WIDEST else []
-            run("-c", f"-DWS_LEVEL={level}", "-fvisibility=hidden", *cpu, *wide, "-o", objects[-1], source)
+            run("-c", *flags, "-o", objects[-1], str(sources / f"{name}.c"))
     made = folder / library.name
     run("-shared", "-s", "-o", str(made), *objects, str(sources / "level.c"))
     # A process that runs on the old library keeps it: the new one takes its name, not its place.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from weightsmith.recipe.schema import Recipe
     from weightsmith.reparameterized.fold import fold_model
     from weightsmith.reparameterized.unfold import unfold_compander, unfold_weight_norm
+    from weightsmith.report.create import report
     from weightsmith.runs.average import average_run
     from weightsmith.runs.running import running_average, update_average
     from weightsmith.tokenizer.comparison import compare_tokenizers
@@ -63,6 +64,7 @@ _HOMES = {
     "method": "weightsmith.methods.registry",
     "open": "weightsmith.api",
     "plan": "weightsmith.api",
+    "report": "weightsmith.report.create",
     "reproduce": "weightsmith.verification",
     "save": "weightsmith.api",
     "running_average": "weightsmith.runs.running",
@@ -106,6 +108,7 @@ __all__ = [
     "method",
     "open",
     "plan",
+    "report",
     "reproduce",
     "running_average",
     "runs",
@@ -124,7 +127,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
-    # Not kept in the module's globals: importing the package weightsmith.plan would take the name anyway.
+    # Not kept in the module's globals: the packages plan and report take their names when they are imported, and can
+    # be called themselves.
     return getattr(importlib.import_module(home), name)
 
 

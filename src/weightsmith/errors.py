@@ -47,6 +47,10 @@ class EvaluationError(WeightsmithError):
     """What a person gave to measure models with failed, took too long, or gave no number."""
 
 
+class ReportError(WeightsmithError):
+    """A report cannot be made of what it was given, or read from what a file holds."""
+
+
 class OutputError(WeightsmithError):
     """The result cannot be written: target exists, disk full, another run holds it."""
 

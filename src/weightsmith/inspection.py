@@ -99,8 +99,8 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     config = checkpoint.config
     return Inspection(
         name=checkpoint.name,
-        model_type=_text(config.get("model_type")) or _text(config.get("peft_type")),
-        architectures=_texts(config.get("architectures")),
+        model_type=text_of(config.get("model_type")) or text_of(config.get("peft_type")),
+        architectures=texts_of(config.get("architectures")),
         is_adapter=checkpoint.is_adapter,
         tied=tied_embeddings(config),
         tensors=len(checkpoint),
@@ -116,11 +116,12 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Return what a config should hold as a text; it may hold anything."""
     return value if isinstance(value, str) else ""
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def texts_of(value: Any) -> tuple[str, ...]:
     """Return the texts in what a config should list as texts; it may hold anything."""
     return tuple(entry for entry in value if isinstance(entry, str)) if isinstance(value, list) else ()
 

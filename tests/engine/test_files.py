@@ -120,7 +120,7 @@ def small_steps(monkeypatch):
 def test_reading_ahead_keeps_its_distance_and_asks_for_everything_once():
     log: list[tuple[str, int, int]] = []
     tasks = [Task(name, np.dtype(np.float32), Asked(name, 300, log)) for name in ("a", "b", "c")]
-    with ReadAhead(tasks) as reader:
+    with ReadAhead(ahead.inputs_of(tasks)) as reader:
         assert eventually(lambda: len(log) == 2)
         time.sleep(0.05)
         assert log == [("a", 0, 100), ("a", 100, 200)]
@@ -133,7 +133,7 @@ def test_reading_ahead_keeps_its_distance_and_asks_for_everything_once():
 @pytest.mark.usefixtures("small_steps")
 def test_reading_ahead_stops_with_the_run():
     log: list[tuple[str, int, int]] = []
-    with ReadAhead([Task("a", np.dtype(np.float32), Asked("a", 10_000, log))]):
+    with ReadAhead(ahead.inputs_of([Task("a", np.dtype(np.float32), Asked("a", 10_000, log))])):
         assert eventually(lambda: log)
     assert not [thread for thread in threading.enumerate() if thread.name == "weightsmith-ahead"]
     assert len(log) < 5

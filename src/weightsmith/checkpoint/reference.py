@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from weightsmith.checkpoint.storage import is_url
 from weightsmith.errors import RecipeError
@@ -75,6 +76,28 @@ class Reference:
         name = name if self.revision is None else f"{name}@{self.revision}"
         name = name if self.task is None else f"{name}#{self.task}"
         return "+".join([name, *(one.short_name for one in self.adapters)])
+
+
+class ShortNames:
+    """Short names of models, each other than all before."""
+
+    def __init__(self) -> None:
+        self._used: dict[str, int] = {}
+
+    def of(self, reference: str | os.PathLike[str]) -> str:
+        """Return the short name of a model, with a number where another has it.
+
+        Raises:
+            RecipeError: if the reference is none.
+        """
+        name = parse_reference(reference).short_name
+        self._used[name] = self._used.get(name, 0) + 1
+        if self._used[name] > 1:
+            # One of a bundle's models may be named so already.
+            numbers = (f"{name}#{number}" for number in count(self._used[name]))
+            name = next(one for one in numbers if one not in self._used)
+            self._used[name] = 1
+        return name
 
 
 def parse_reference(text: str | os.PathLike[str]) -> Reference:

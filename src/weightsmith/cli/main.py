@@ -25,6 +25,7 @@ _VERBS = {
     "inspect": "Show what is in a model: tensors, layers, sizes.",
     "diff": "Compare two models, tensor by tensor.",
     "tokens": "Compare two tokenizers, and say how their models can be merged.",
+    "report": "See models before a merge, or what a merge has done: a page, JSON or text.",
     "extract": "Take what a fine-tune changed as an adapter.",
     "transplant": "Give a model the tokenizer of another.",
     "adapter": "Look at adapters, combine and convert them.",

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from weightsmith.curves.results import Result, Results, spread, write
 from weightsmith.curves.scale import Scale, borders, colour, padded, texts, ticks
+from weightsmith.document import document
 
 # Of a plot, in units of its own picture.
 _WIDTH, _HEIGHT = 760.0, 340.0
@@ -20,19 +21,14 @@ _BAR = 92.0
 _MOST = 760.0
 
 _STYLE = """
-:root { --ground: #ffffff; --ink: #1c2024; --quiet: #5f6972; --grid: #e3e6e9; --line: #1f6feb; --best: #b4470c; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14171a; --ink: #e8eaed; --quiet: #9aa5b1; --grid: #2c3238; --line: #6cb0ff; --best: #ffa657; }
-}
-:root { color-scheme: light dark; }
 body { background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 52rem; padding: 0 1rem; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 svg { display: block; width: 100%; height: auto; font: 13px system-ui, sans-serif; overflow: visible; }
 svg text { fill: var(--ink); } svg .quiet, .quiet { fill: var(--quiet); color: var(--quiet); }
 .grid { stroke: var(--grid); } .model { stroke: var(--quiet); stroke-dasharray: 4 4; }
-.line { fill: none; stroke: var(--line); stroke-width: 2; stroke-linejoin: round; }
-.dot { fill: var(--line); stroke: var(--ground); stroke-width: 1.5; } .none { stroke: var(--quiet); stroke-width: 2; }
+.line { fill: none; stroke: var(--link); stroke-width: 2; stroke-linejoin: round; }
+.dot { fill: var(--link); stroke: var(--ground); stroke-width: 1.5; } .none { stroke: var(--quiet); stroke-width: 2; }
 .rim { fill: none; stroke: #ffffff; stroke-width: 6; }
 .best { fill: none; stroke: var(--best); stroke-width: 2.5; }
 .peak { fill: none; stroke: #b4470c; stroke-width: 3; }
@@ -65,29 +61,17 @@ def page(results: Results) -> str:
         for number, metric in enumerate(results.shown)
     ]
     failures = "".join(f"<li>{escape(one.reason)}</li>" for one in results.failures)
-    return "\n".join(
+    return document(
+        title,
+        _STYLE,
         [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # Names come from files of strangers; whatever they hold, nothing is loaded and nothing runs.
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-            f"<title>{escape(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            "</head>",
-            "<body>",
             f"<h1>{escape(title)}</h1>",
             f"<p>{escape(said)}</p>",
             *plots,
             f"<h2>Not measured</h2>\n<ul>{failures}</ul>" if failures else "",
             "<h2>All values</h2>",
             _table(results),
-            "</body>",
-            "</html>",
-            "",
-        ]
+        ],
     )
 
 

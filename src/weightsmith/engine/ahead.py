@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.expression import stored_within
@@ -16,16 +16,25 @@ _DISTANCE = 128 << 20
 _SMALL = 1 << 20
 
 
+# A tensor, its first element and the one after the last.
+Stretch = tuple[Tensor, int, int]
+
+
 class ReadAhead(Background):
-    """Asks for the inputs of tasks in order, a bounded distance ahead of what has been worked on.
+    """Asks for stretches of tensors in order, a bounded distance ahead of what has been worked on.
 
     Where the files are in memory already it costs next to nothing; where they are not, disk and processor work at the
     same time. It never reads anything itself, and errors are left to those who do.
     """
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, wanted: Iterable[tuple[int, Sequence[Stretch]]]) -> None:
+        """Ask for stretches.
+
+        Args:
+            wanted: in the order of the work, stretches that are needed together, and how many bytes of input they are.
+        """
         super().__init__("weightsmith-ahead")
-        self._tasks = tasks
+        self._wanted = wanted
         self._ahead = 0
 
     def worked(self, nbytes: int) -> None:
@@ -36,7 +45,7 @@ class ReadAhead(Background):
                 self._changed.notify()
 
     def _run(self) -> None:
-        for nbytes, stretches in _stretches(self._tasks):
+        for nbytes, stretches in self._wanted:
             with self._changed:
                 self._ahead += nbytes
                 while self._ahead > _DISTANCE and not self._ended:
@@ -50,7 +59,7 @@ class ReadAhead(Background):
                     return
 
 
-def _stretches(tasks: Sequence[Task]) -> Iterator[tuple[int, list[tuple[Tensor, int, int]]]]:
+def inputs_of(tasks: Sequence[Task]) -> Iterator[tuple[int, list[Stretch]]]:
     """Yield the inputs of stretches of the output, and how many bytes they are, in the order of the work."""
     for task in tasks:
         width = input_width(task)

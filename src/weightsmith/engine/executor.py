@@ -19,7 +19,7 @@ from weightsmith import dtypes
 from weightsmith.checkpoint.manifest import Digest, hash_part, join_parts
 from weightsmith.checkpoint.safetensors import StoredTensor
 from weightsmith.engine import state
-from weightsmith.engine.ahead import ReadAhead, input_width
+from weightsmith.engine.ahead import ReadAhead, input_width, inputs_of
 from weightsmith.engine.backend import NUMPY, Backend, block_of
 from weightsmith.engine.evaluate import Evaluator, Mapper, blocks, in_turn, run_statistic
 from weightsmith.engine.expression import Computed, carried, computed_within, stored_within
@@ -272,7 +272,7 @@ class _Run:
         in_order = sorted(tasks, key=_place_in_input)
         try:
             mapper = ThreadMapper(threads, matrices=_takes_matrices(tasks))
-            with self.sink, self._recording(), ReadAhead(in_order) as self._ahead, mapper:
+            with self.sink, self._recording(), ReadAhead(inputs_of(in_order)) as self._ahead, mapper:
                 try:
                     self._work(in_order, mapper)
                     if self._failure is None:

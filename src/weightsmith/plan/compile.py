@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from itertools import count
 from typing import Any
 
 from weightsmith import dtypes
@@ -13,7 +12,7 @@ from weightsmith.card import model_card
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import other_files, tokenizer_files
-from weightsmith.checkpoint.reference import parse_reference
+from weightsmith.checkpoint.reference import ShortNames
 from weightsmith.engine.memory import uncollected
 from weightsmith.plan.alignment import align
 from weightsmith.plan.evaluated import Rearranger
@@ -112,18 +111,11 @@ def _compile_one(recipe: Merge, find: Callable[[str], Checkpoint], name: str) ->
 
 def _opener(find: Callable[[str], Checkpoint]) -> Callable[[str], Model]:
     models: dict[str, Model] = {}
-    used: dict[str, int] = {}
+    names = ShortNames()
 
     def open_model(reference: str) -> Model:
         if reference not in models:
-            label = parse_reference(reference).short_name
-            used[label] = used.get(label, 0) + 1
-            if used[label] > 1:
-                # One of a bundle's models may be named so already.
-                numbers = (f"{label}#{number}" for number in count(used[label]))
-                label = next(name for name in numbers if name not in used)
-                used[label] = 1
-            models[reference] = Model(reference, label, find(reference))
+            models[reference] = Model(reference, names.of(reference), find(reference))
         return models[reference]
 
     return open_model

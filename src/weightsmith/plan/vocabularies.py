@@ -59,7 +59,7 @@ def check_vocabularies(models: Sequence[Model], tokenizer: Model, tensors: Mappi
     last = highest.get(tokenizer, -1)
     if last < 0:
         return warnings
-    rows, own = _rows(tensors), _rows(tokenizer.checkpoint)
+    rows, own = token_rows(tensors), token_rows(tokenizer.checkpoint)
     if not rows:
         return warnings
     if last >= rows:
@@ -110,7 +110,7 @@ def _compare(models: Sequence[Model]) -> tuple[dict[Model, int], list[str]]:
     return highest, warnings
 
 
-def _rows(tensors: Mapping[str, Tensor]) -> int:
+def token_rows(tensors: Mapping[str, Tensor]) -> int:
     """Return how many tokens have an embedding; 0 where there are no embeddings to count."""
     tables = (
         tensor.shape[0]

@@ -1,4 +1,4 @@
-"""The compiled part: one shared library, built from ``machine.c`` and ``pursuit.c`` for several instruction sets.
+"""The compiled part: one shared library, built from the C beside it for several levels of the instruction set.
 
 It is plain C behind ctypes, which lets go of the interpreter's lock during a call, needs no headers of any Python,
 and costs nothing at start-up. Where it was not built, everything runs on NumPy, slower.
@@ -28,12 +28,16 @@ class Library:
         operations: name of an operation -> its number.
         run: see ``ws_run`` in ``machine.c``.
         pursue: see ``ws_pursue`` in ``pursuit.c``.
+        measure: see ``ws_measure`` in ``measure.c``.
+        rows: see ``ws_rows`` there.
     """
 
     level: int
     operations: Mapping[str, int] = field(repr=False)
     run: Callable[..., int] = field(repr=False)
     pursue: Callable[..., int] = field(repr=False)
+    measure: Callable[..., int] = field(repr=False)
+    rows: Callable[..., None] = field(repr=False)
 
 
 @cache
@@ -80,4 +84,9 @@ def _of_level(loaded: Any, level: int) -> Library:
     ]
     pursue = loaded[f"ws_pursue_{level}"]
     pursue.restype, pursue.argtypes = ctypes.c_int, [address, number, number]
-    return Library(level, operations, run, pursue)
+    measure = loaded[f"ws_measure_{level}"]
+    measure.restype = ctypes.c_int
+    measure.argtypes = [number, number, address, address, number, address, number, address, number, address]
+    rows = loaded[f"ws_rows_{level}"]
+    rows.restype, rows.argtypes = None, [address, number, number, ctypes.c_uint64, address, address]
+    return Library(level, operations, run, pursue, measure, rows)

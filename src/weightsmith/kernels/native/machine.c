@@ -4,40 +4,13 @@
  * registers. Every register holds one tile, small enough that all of them stay in a core's first or second cache, so
  * a method of eighty operations reads its inputs from memory once and writes its result once.
  *
- * Results must not depend on the processor. Every operation is one IEEE 754 operation, rounded once: compile without
- * contraction to fused multiply-add and without -ffast-math. Sums run in LANES interleaved partial sums whatever the
- * width of the vectors the compiler chose.
- *
- * This file is compiled once per level of the instruction set (-DWS_LEVEL=...); see kernels/native/__init__.py.
+ * What results rest on, and the levels that this file is compiled for, are in numbers.h.
  */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "numbers.h"
 
-#ifndef WS_LEVEL
-#define WS_LEVEL 0
-#endif
-#define PASTE_(a, b) a##b
-#define PASTE(a, b) PASTE_(a, b)
-/* First in a declaration: after a pointer's star, GCC takes the attribute for the pointer's and ignores it. */
-#define EXPORT __attribute__((visibility("default")))
-#define OF_LEVEL(name) PASTE(name, WS_LEVEL)
-
-#define LANES 16
 #define BINS 65536 /* of a histogram, as in kernels/select.py */
-#define ALIGNMENT 64
 
-typedef float f32;
-typedef double f64;
-typedef uint16_t u16;
-/* Elements of files, which begin where the header ends. */
-typedef f32 f32_anywhere __attribute__((aligned(1)));
-typedef f64 f64_anywhere __attribute__((aligned(1)));
-typedef u16 u16_anywhere __attribute__((aligned(1)));
 typedef int32_t m32;  /* a mask: all bits set where true */
-typedef ptrdiff_t len;
 
 /* One operation, as laid out by Program in kernels/program.py. */
 typedef struct {
@@ -270,14 +243,6 @@ UNARY(log_f64, f64, f64, log_one(x))
 
 /* ---- along a row ------------------------------------------------------------------------------------------- */
 
-static f64 joined(const f64 *lanes) {
-    f64 part[LANES];
-    memcpy(part, lanes, sizeof part);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
-}
-
 #define ACCUMULATE(VALUE)                                                \
     do {                                                                 \
         len i = 0;                                                       \
@@ -430,22 +395,6 @@ static void uniform_f32(const code *c, state *s) {
         }                                                                \
         if (c->y >= 0) s->counts[c->y] += bad;                           \
     }
-
-static inline f32 from_bits(uint32_t bits) {
-    f32 value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-static inline uint32_t to_bits(f32 value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-static inline f32 from_half(uint16_t bits) {
-    _Float16 value;
-    memcpy(&value, &bits, sizeof value);
-    return (f32)value;
-}
 
 LOAD(load_bf16_f32, u16, f32, from_bits((uint32_t)x << 16), (x & 0x7f80) == 0x7f80)
 LOAD(load_bf16_f64, u16, f64, (f64)from_bits((uint32_t)x << 16), (x & 0x7f80) == 0x7f80)

@@ -1,0 +1,86 @@
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from tests.report.example import example_report
+from weightsmith.cli.report_text import print_report
+from weightsmith.report.advice import with_conclusions
+
+
+def _text(report, width=80, encoding="utf-8"):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+    print_report(report, Console(file=stream, width=width))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("kind", ["models", "recipe", "merged"])
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_lines_fit_the_terminal_and_end_without_blanks(kind, width):
+    report = with_conclusions(example_report(layers=40, models=5, kind=kind))
+    lines = _text(report, width).splitlines()
+    # What is to be copied is not broken.
+    copied = {f"      {line}" for one in (*report.findings, *report.advice) for line in one.action.splitlines()}
+    assert all(len(line) <= width for line in lines if line not in copied)
+    assert all(line == line.rstrip() for line in lines)
+    assert copied <= set(lines)
+
+
+def test_every_finding_and_every_label_is_there():
+    report = with_conclusions(example_report(layers=12, models=8, kind="merged"))
+    text = _text(report, 80)
+    for one in (*report.findings, *report.advice):
+        assert one.title in text
+    for model in report.models:
+        assert f"{model.label}: models/{model.label}-7b" in text
+    for section in ("Models", "How much of each input", "Between task vectors", "Singular values", "Health", "Advice"):
+        assert section in text
+
+
+def test_numbers_are_those_of_the_report():
+    report = example_report(layers=3, models=2)
+    rows = tuple(
+        dataclasses.replace(row, relative=0.0123, changed=0.5, cosine_base=-0.001) for row in report.changes.total
+    )
+    layers = tuple(
+        dataclasses.replace(row, relative=(0.1, 0.3, 0.2)[int(row.scope.layer.split(".")[-1])])
+        for row in report.changes.layers
+        if row.scope.layer.startswith("model.layers")
+    )
+    changed = dataclasses.replace(report.changes, total=rows, layers=layers)
+    text = _text(dataclasses.replace(report, changes=changed))
+    line = next(line for line in text.splitlines() if "▁█" in line)
+    assert line.split() == ["math", "1.2%", "50%", "0.00", "▁█▅", "10%", "(0)", "30%", "(1)"]
+
+
+def test_no_colour_goes_into_a_pipe_and_any_encoding_will_do():
+    report = with_conclusions(example_report(layers=12, models=8))
+    assert "\x1b" not in _text(report)
+    text = _text(report, encoding="ascii")
+    assert "0" in text
+    assert "▁" not in text
+
+
+def test_names_of_strangers_move_no_cursor_and_are_no_markup():
+    report = example_report(layers=2, models=1)
+    bad = "[red]x\x1b[2J\nERROR"
+    report = dataclasses.replace(report, notes=(bad,), base=dataclasses.replace(report.base, label=bad, reference=bad))
+    text = _text(with_conclusions(report), 120)
+    assert "\x1b" not in text
+    assert "[red]x\\x1b[2J\\nERROR" in text
+
+
+def test_a_report_on_one_model_has_no_empty_sections():
+    report = example_report(layers=2, models=0)
+    text = _text(report)
+    assert "Models" in text
+    for absent in ("Between", "Singular", "Distribution", "Health", "Vocabularies", "Recipe", "Advice", "How "):
+        assert absent not in text
+
+
+def test_pairs_beyond_the_first_are_counted():
+    text = _text(example_report(layers=2, models=8))
+    assert "… and 13 pairs nearer to orthogonal" in text
