@@ -1,10 +1,14 @@
 import dataclasses
 import io
+from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.conftest import read_safetensors, write_safetensors
 from tests.report.example import example_report
+from weightsmith.cli.main import main
 from weightsmith.cli.report_text import print_report
 from weightsmith.report.advice import with_conclusions
 
@@ -67,7 +71,8 @@ def test_no_colour_goes_into_a_pipe_and_any_encoding_will_do():
 def test_names_of_strangers_move_no_cursor_and_are_no_markup():
     report = example_report(layers=2, models=1)
     bad = "[red]x\x1b[2J\nERROR"
-    report = dataclasses.replace(report, notes=(bad,), base=dataclasses.replace(report.base, label=bad, reference=bad))
+    base = dataclasses.replace(report.base, label=bad, reference=bad)
+    report = dataclasses.replace(report, notes=(bad,), base=base, components=(*report.components, bad))
     text = _text(with_conclusions(report), 120)
     assert "\x1b" not in text
     assert "[red]x\\x1b[2J\\nERROR" in text
@@ -84,3 +89,25 @@ def test_a_report_on_one_model_has_no_empty_sections():
 def test_pairs_beyond_the_first_are_counted():
     text = _text(example_report(layers=2, models=8))
     assert "… and 13 pairs nearer to orthogonal" in text
+
+
+def test_real_models_are_told_from_strangers(capsys, tmp_path):
+    zoo = Path(__file__).parents[2] / "examples" / "zoo"
+    # The same values in another order: as large as the model's, and nothing to do with them.
+    draw = np.random.default_rng(0)
+    stranger = {
+        name: draw.permutation(array.reshape(-1)).reshape(array.shape)
+        for name, array in read_safetensors(zoo / "mnist").items()
+    }
+    (tmp_path / "stranger").mkdir()
+    write_safetensors(tmp_path / "stranger" / "model.safetensors", stranger)
+    models = [zoo / "covered", tmp_path / "stranger", zoo / "fashion"]
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *map(str, models), "--base", str(zoo / "base"), "--text", "--quiet"])
+    text = capsys.readouterr().out
+    assert not ended.value.code
+    rows = {line.split()[0]: line.split()[-1] for line in text.splitlines() if "float16" in line.split()}
+    assert rows == {"base": "base", "covered": "yes", "stranger": "NO", "fashion": "yes"}
+    assert "ERROR  stranger has nothing to do with base" in text
+    assert "ERROR  Leave stranger out" in text
+    assert "GOOD  Task vectors can be summed" in text

@@ -5,10 +5,12 @@ Nothing needs colour to be read. Names come from files, so they are made safe fi
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from weightsmith.cli.tables import can_write, fitting_tables, heading, paragraph, print_piece, short_label
 from weightsmith.cli.terminal import printable
 from weightsmith.cli.units import size
 from weightsmith.report.findings import Agreement, Change, Composition, Finding, Model, Overlap, Report
@@ -16,16 +18,13 @@ from weightsmith.report.wording import cosine_text, counted, listed, percent
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.text import Text
 
-Rows = Sequence[Sequence[str]]
 # Eight heights of a bar, from the least value of a row to the largest; digits where they cannot be written.
 _BARS, _DIGITS = "▁▂▃▄▅▆▇█", "01234567"
 # Bars in a row: more layers share one, which has the largest of their values.
 _WIDEST = 24
 # Pairs and models beyond these are counted; --json and the page have them all.
 _MOST_PAIRS = 15
-_LONGEST_LABEL = 20
 _LONGEST_NAME = 44
 _LEVELS = {
     "error": ("ERROR", "bold red"),
@@ -48,102 +47,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         from rich.console import Console
 
         console = Console()
-    bars = _BARS if _writes(console.encoding, _BARS) else _DIGITS
+    bars = _BARS if can_write(console.encoding, _BARS) else _DIGITS
     for section in _SECTIONS:
         for piece in section(report, bars, console.width):
-            _print(piece, console)
-
-
-def _print(piece: RenderableType, console: Console) -> None:
-    """Print without blanks at the ends of lines, which are in the way of who copies them or reads them from a pipe."""
-    from rich.segment import Segment
-    from rich.text import Text
-
-    if isinstance(piece, Text) and piece.no_wrap:
-        console.print(_written(piece, console), highlight=False, soft_wrap=True)
-        return
-    for line in console.render_lines(piece, pad=False):
-        while line and not line[-1].text.strip():
-            line.pop()
-        if line:
-            line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
-        text = Text.assemble(*((one.text, one.style or "") for one in line))
-        console.print(_written(text, console), highlight=False, soft_wrap=True)
-
-
-def _written(text: Text, console: Console) -> Text:
-    """Return a text with question marks for what the output cannot show."""
-    if not _writes(console.encoding, text.plain):
-        text.plain = text.plain.encode(console.encoding, "replace").decode(console.encoding)
-    return text
-
-
-def _writes(encoding: str, text: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-def _title(text: str) -> RenderableType:
-    from rich.text import Text
-
-    return Text(f"\n{text}", style="bold")
-
-
-def _line(text: str, indent: int = 0) -> RenderableType:
-    from rich.padding import Padding
-    from rich.text import Text
-
-    return Padding(Text(text), (0, 0, 0, indent))
-
-
-def _tables(
-    header: Sequence[str], rows: Rows, width: int, left: Sequence[int] = (0,), together: int = 1
-) -> Iterator[RenderableType]:
-    """Yield a table without lines, or several that repeat the first column where one would be too wide.
-
-    Args:
-        header: names of the columns.
-        rows: their cells.
-        width: of the terminal.
-        left: columns that are set to the left; the others are set to the right.
-        together: how many of the last columns stay in one table.
-    """
-    from rich.cells import cell_len
-
-    widths = [max(map(cell_len, column)) + 2 for column in zip(header, *rows, strict=True)]
-    end = len(header) - together
-    parts = [[number] for number in range(1, end)] + [list(range(end, len(header)))]
-    shown: list[int] = []
-    tables = [shown]
-    for part in parts:
-        if shown and sum(widths[one] for one in [0, *shown, *part]) - 2 > width:
-            shown = []
-            tables.append(shown)
-        shown += part
-    for number, columns in enumerate(tables):
-        if number:
-            yield _line("")
-        yield _table(header, rows, [0, *columns], left)
-
-
-def _table(header: Sequence[str], rows: Rows, columns: Sequence[int], left: Sequence[int]) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for number in columns:
-        table.add_column(header[number], justify="left" if number in left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(row[number]) for number in columns))
-    return table
-
-
-def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
-    text = printable(text)
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+            print_piece(piece, console)
 
 
 def _short(number: int) -> str:
@@ -167,9 +74,9 @@ def _share(value: float | None) -> str:
 def _head(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     what = {"models": "models", "recipe": "the models of a recipe", "merged": "a merged model"}[report.kind]
     against = f"against {printable(report.base.label)}" if report.models else "of one model"
-    yield _title(f"Report on {what}, {against}")
+    yield heading(f"Report on {what}, {against}")
     if report.models and not report.base_named:
-        yield _line("No base was named: all figures are against the first model.")
+        yield paragraph("No base was named: all figures are against the first model.")
 
 
 def _models(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
@@ -181,18 +88,18 @@ def _models(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     ]
     if report.result is not None:
         models.append((report.result, "result"))
-    yield _title("Models")
+    yield heading("Models")
     header = ("model", "entries", "size", "dtype", "layers", "tokens", "from base")
-    yield from _tables(header, [(*_model(model), verdict) for model, verdict in models], width, (0, 3, 6))
+    yield from fitting_tables(header, [(*_model(model), verdict) for model, verdict in models], width, (0, 3, 6))
     for model, _ in models:
         if model.reference != model.label:
-            yield _line(f"{_label(model.label)}: {printable(model.reference)}", 2)
+            yield paragraph(f"{short_label(model.label)}: {printable(model.reference)}", 2)
 
 
 def _model(model: Model) -> tuple[str, ...]:
     kinds = [one.dtype for one in model.dtypes]
     return (
-        _label(model.label),
+        short_label(model.label),
         _short(model.parameters),
         size(model.nbytes),
         "-" if not kinds else kinds[0] + (f" +{len(kinds) - 1}" if len(kinds) > 1 else ""),
@@ -208,14 +115,14 @@ def _tokens(model: Model) -> int | None:
 def _changes(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if not report.changes.total:
         return
-    yield _title("How far each is from the base (norm of the change over the base's)")
+    yield heading("How far each is from the base (norm of the change over the base's)")
     layers: dict[str, dict[str, float]] = {}
     for row in report.changes.layers:
         if row.relative is not None:
             layers.setdefault(row.model, {})[str(row.scope.layer)] = row.relative
     rows = [
         (
-            _label(row.model),
+            short_label(row.model),
             _share(row.relative),
             _share(row.changed),
             _cosine(row.cosine_base),
@@ -224,8 +131,8 @@ def _changes(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
         for row in report.changes.total
     ]
     header = ("model", "distance", "changed", "cosine", "by layer", "least", "most")
-    yield from _tables(header, rows, width, (0, 4, 5, 6), together=3)
-    yield _line("")
+    yield from fitting_tables(header, rows, width, (0, 4, 5, 6), together=3)
+    yield paragraph("")
     yield from _components(report, width)
 
 
@@ -238,7 +145,7 @@ def _components(report: Report, width: int) -> Iterator[RenderableType]:
         (part, *(_share(cells[part, one].relative) if (part, one) in cells else "-" for one in labels))
         for part in report.components
     ]
-    yield from _tables(("component", *map(_label, labels)), rows, width)
+    yield from fitting_tables(("component", *map(short_label, labels)), rows, width)
 
 
 def _drawn(
@@ -258,7 +165,7 @@ def _drawn(
     heights = [max(value for value, _ in found[i : i + step]) for i in range(0, len(found), step)]
     spread = most[0] - least[0]
     drawn = "".join(bars[round((height - least[0]) / spread * (len(bars) - 1)) if spread else 0] for height in heights)
-    first, last = (f"{written(value)} ({_label(layer)})" for value, layer in (least, most))
+    first, last = (f"{written(value)} ({short_label(layer)})" for value, layer in (least, most))
     return drawn, first, last
 
 
@@ -276,15 +183,15 @@ def _pairs(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     # The farthest from orthogonal first, so that a cut keeps what matters.
     ordered = sorted(pairs, key=lambda row: -abs(row.cosine or 0.0)) if len(pairs) > _MOST_PAIRS else list(pairs)
     shown = ordered[:_MOST_PAIRS]
-    yield _title("Between task vectors" if report.base_named else "Between models, seen from the first")
+    yield heading("Between task vectors" if report.base_named else "Between models, seen from the first")
     header = ("models", "cosine", "one sign", "conflict", "top 5%", "cosine by layer", "least", "most")
     rows = [_pair(report, row, overlaps, layers, bars) for row in shown]
-    yield from _tables(header, rows, width, (0, 5, 6, 7), together=3)
+    yield from fitting_tables(header, rows, width, (0, 5, 6, 7), together=3)
     if len(shown) < len(pairs):
-        yield _line(f"… and {counted(len(pairs) - len(shown), 'pair')} nearer to orthogonal")
+        yield paragraph(f"… and {counted(len(pairs) - len(shown), 'pair')} nearer to orthogonal")
     yield from _conflicts(report, bars)
     chance = [row.chance for row in overlaps.values() if row.chance is not None]
-    yield _line(
+    yield paragraph(
         "one sign: of the entries that both moved; conflict: share of the movement against the elected sign; top 5%: "
         "share of the entries moved most that both have" + (f", by chance {percent(max(chance))}" if chance else "")
     )
@@ -299,7 +206,7 @@ def _pair(
 ) -> tuple[str, ...]:
     pair = (row.first, row.second)
     return (
-        f"{_label(row.first)} / {_label(row.second)}",
+        f"{short_label(row.first)} / {short_label(row.second)}",
         _cosine(row.cosine),
         _share(row.same_sign),
         _share(row.conflict),
@@ -315,7 +222,7 @@ def _conflicts(report: Report, bars: str) -> Iterator[RenderableType]:
     layers = {str(row.scope.layer): row.share for row in report.conflicts.layers if row.share is not None}
     drawn, least, most = _drawn(report, layers, bars, percent)
     by_layer = f"; by layer {drawn} from {least} to {most}" if drawn else ""
-    yield _line(f"all {len(total.models)} together: {percent(total.share)} against the elected sign{by_layer}")
+    yield paragraph(f"all {len(total.models)} together: {percent(total.share)} against the elected sign{by_layer}")
 
 
 def _spectra(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
@@ -324,12 +231,12 @@ def _spectra(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
         spectra = [one for one in report.spectra if one.model == model.label and one.norm > 0.0]
         if not spectra:
             continue
-        ranks = [[one.ranks[i] for one in spectra] for i in range(len(spectra[0].energies))]
+        ranks = list(zip(*(one.ranks for one in spectra), strict=False))
         effective = [one.effective_rank for one in spectra if one.effective_rank is not None]
         stable = [one.stable_rank for one in spectra if one.stable_rank is not None]
         rows.append(
             (
-                _label(model.label),
+                short_label(model.label),
                 str(len(spectra)),
                 f"{statistics.median([min(one.shape) for one in spectra]):.0f}",
                 f"{statistics.median(effective):.0f}" if effective else "-",
@@ -339,15 +246,15 @@ def _spectra(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
         )
     if rows:
         energies = next(iter(report.spectra)).energies
-        yield _title("Singular values of changes (medians over matrices; the largest rank for so much energy)")
+        yield heading("Singular values of changes (medians over matrices; the largest rank for so much energy)")
         header = ("model", "matrices", "side", "effective", "stable", *(f"r {one:.0%}" for one in energies))
-        yield from _tables(header, rows, width)
+        yield from fitting_tables(header, rows, width)
 
 
 def _distributions(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     rows = [
         (
-            _label(row.model),
+            short_label(row.model),
             f"{row.deviation:.2e}",
             "-" if row.kurtosis is None else f"{row.kurtosis:.1f}",
             percent(row.zero),
@@ -357,9 +264,9 @@ def _distributions(report: Report, bars: str, width: int) -> Iterator[Renderable
     ]
     if rows:
         tops = report.histograms.total[0].tops
-        yield _title("Distribution of the entries of changes")
+        yield heading("Distribution of the entries of changes")
         header = ("model", "deviation", "kurtosis", "zero", *(f"top {one:.0%} >=" for one in tops))
-        yield from _tables(header, rows, width)
+        yield from fitting_tables(header, rows, width)
 
 
 def _health(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
@@ -379,52 +286,52 @@ def _health(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
             *(kinds.count(kind) for kind in ("missing", "extra", "shape", "dtype", "tied")),
         )
         if any(numbers):
-            rows.append((_label(label), *(f"{one:,}" if one else "." for one in numbers)))
+            rows.append((short_label(label), *(f"{one:,}" if one else "." for one in numbers)))
     if rows:
-        yield _title("Health (entries, rows, and tensors that differ from the base's)")
+        yield heading("Health (entries, rows, and tensors that differ from the base's)")
         header = ("model", "NaN", "inf", "dead", "double", "missing", "extra", "shape", "dtype", "head")
-        yield from _tables(header, rows, width)
+        yield from fitting_tables(header, rows, width)
 
 
 def _vocabularies(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if not report.health.tokens:
         return
-    yield _title("Vocabularies that are not the base's")
+    yield heading("Vocabularies that are not the base's")
     rows = [
         (
-            _label(one.model),
+            short_label(one.model),
             f"{one.added:,}",
             f"{one.removed:,}",
             f"{one.moved:,}",
-            _label(", ".join(one.examples), _LONGEST_NAME) or "-",
+            short_label(", ".join(one.examples), _LONGEST_NAME) or "-",
         )
         for one in report.health.tokens
     ]
-    yield from _tables(("model", "added", "removed", "other id", "such as"), rows, width, (0, 4))
+    yield from fitting_tables(("model", "added", "removed", "other id", "such as"), rows, width, (0, 4))
 
 
 def _merged(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if report.recipe is not None:
         steps = f" after {counted(len(report.recipe.steps), 'step')}" if report.recipe.steps else ""
         settings = [f"{name} {value}" for name, value in report.recipe.parameters.items()]
-        yield _title(f"Recipe: {printable(report.recipe.method)}{steps}")
+        yield heading(f"Recipe: {printable(report.recipe.method)}{steps}")
         if settings:
-            yield _line(printable(", ".join(settings)), 2)
+            yield paragraph(printable(", ".join(settings)), 2)
         for one in report.recipe.inputs:
             given = ", ".join(f"{name} {value}" for name, value in one.parameters.items())
-            yield _line(printable(f"{_label(one.model)}: {given}" if given else _label(one.model)), 2)
+            yield paragraph(printable(f"{short_label(one.model)}: {given}" if given else short_label(one.model)), 2)
     if report.merged is not None:
         made = report.merged
         files = f"{counted(len(made.files), 'file')}, {size(sum(made.files.values()))}"
         when = f", {printable(made.written)}" if made.written else ""
-        yield _title("The merged folder")
-        yield _line(
+        yield heading("The merged folder")
+        yield paragraph(
             f"{printable(made.path)}: {files}; by weightsmith {printable(made.version)} ({made.arithmetic}){when}", 2
         )
         for state, text in (("missing", "is no longer there"), ("changed", "was changed since")):
             names = [printable(one.path) for one in made.inputs if one.state == state]
             if names:
-                yield _line(f"{listed(names)} {text}", 2)
+                yield paragraph(f"{listed(names)} {text}", 2)
     yield from _shares(report, bars, width)
 
 
@@ -432,7 +339,7 @@ def _shares(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     total = next(iter(report.composition.total), None)
     if total is None:
         return
-    yield _title("How much of each input is in the result")
+    yield heading("How much of each input is in the result")
     rows = []
     for number, label in enumerate(total.models):
         layers = {
@@ -442,16 +349,20 @@ def _shares(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
         }
         rows.append(
             (
-                _label(label),
+                short_label(label),
                 f"{total.coefficients[number]:.3f}",
                 _cosine(total.cosines[number]),
                 _share(total.contributions[number]),
                 *_drawn(report, layers, bars, percent),
             )
         )
+    if not report.base_named:
+        # Seen from the first model, what the others do not have of the result is its.
+        rest = 1.0 - math.fsum(total.coefficients)
+        rows.insert(0, (short_label(report.base.label), f"{rest:.3f}", "-", "-", "", "-", "-"))
     header = ("input", "coefficient", "cosine", "share", "share by layer", "least", "most")
-    yield from _tables(header, rows, width, (0, 4, 5, 6), together=3)
-    yield _line(_explained(total))
+    yield from fitting_tables(header, rows, width, (0, 4, 5, 6), together=3)
+    yield paragraph(_explained(total))
 
 
 def _explained(total: Composition) -> str:
@@ -463,18 +374,17 @@ def _explained(total: Composition) -> str:
 def _conclusions(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     for title, found in (("Findings", report.findings), ("Advice", report.advice)):
         if found:
-            yield _title(title)
+            yield heading(title)
             for one in found:
                 yield from _finding(one)
 
 
 def _finding(one: Finding) -> Iterator[RenderableType]:
-    from rich.padding import Padding
     from rich.text import Text
 
     word, style = _LEVELS[one.level]
     yield Text.assemble((word, style), f"  {printable(one.title)}")
-    yield Padding(Text(printable(one.text)), (0, 0, 0, 2))
+    yield paragraph(printable(one.text), 2)
     for line in one.action.splitlines():
         # A line to copy is not broken by us; the terminal may.
         yield Text(f"      {printable(line)}", no_wrap=True, style="cyan")
@@ -483,14 +393,19 @@ def _finding(one: Finding) -> Iterator[RenderableType]:
 def _about(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if not (report.notes or report.sampling or report.timings):
         return
-    yield _title("About this report")
+    yield heading("About this report")
     for note in report.notes:
-        yield _line(printable(note), 2)
+        yield paragraph(printable(note), 2)
+    sampled: dict[str, list[str]] = {}
     for one in report.sampling:
-        yield _line(f"{one.statistic}: {one.looked_at:,} of {one.of:,} {one.unit}: {printable(one.rule)}", 2)
+        sampled.setdefault(f"{one.looked_at:,} of {one.of:,} {one.unit}: {printable(one.rule)}", []).append(
+            one.statistic
+        )
+    for rule, names in sampled.items():
+        yield paragraph(f"{listed(names)}: {rule}", 2)
     if report.timings:
         told = ", ".join(f"{one.stage} {one.seconds:.1f} s" for one in report.timings)
-        yield _line(f"{told}; {size(sum(one.nbytes for one in report.timings))} read", 2)
+        yield paragraph(f"{told}; {size(sum(one.nbytes for one in report.timings))} read", 2)
 
 
 _SECTIONS: tuple[Callable[[Report, str, int], Iterator[RenderableType]], ...] = (
