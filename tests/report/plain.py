@@ -33,7 +33,7 @@ from weightsmith.report.findings import (
 
 
 def measured(base, models, result=None, kind="models", recipe=None, health=None, base_named=True, spectra=()):
-    """Return a report on models that all have the same tensors.
+    """Return a report on models that all have the same tensors, with those tables that conclusions are drawn from.
 
     Args:
         base: name of tensor -> array.
@@ -57,7 +57,7 @@ def measured(base, models, result=None, kind="models", recipe=None, health=None,
     def joined(arrays, names):
         return np.concatenate([arrays[name] for name in names])
 
-    def scoped(make, tables=("total", "components", "layers", "cells", "tensors")):
+    def scoped(make, tables):
         return Scoped(**{table: tuple(r for s, names in scopes[table] for r in make(s, names)) for table in tables})
 
     pairs = list(itertools.combinations(models, 2))
@@ -83,19 +83,24 @@ def measured(base, models, result=None, kind="models", recipe=None, health=None,
                 _change(scope, label, joined(flat["base"], names), joined(flat[label], names))
                 for label in everything
                 if label != "base"
-            ]
+            ],
+            ("total", "components", "layers", "tensors"),
         ),
         agreements=scoped(
-            lambda scope, names: [_agreement(scope, *p, *(joined(taus[one], names) for one in p)) for p in pairs]
+            lambda scope, names: [_agreement(scope, *p, *(joined(taus[one], names) for one in p)) for p in pairs],
+            ("total", "layers", "tensors"),
         ),
         conflicts=scoped(
             lambda scope, names: (
                 [_conflict(scope, tuple(models), np.stack([joined(taus[one], names) for one in models]))]
                 if len(models) > 1
                 else []
-            )
+            ),
+            ("total", "layers"),
         ),
-        overlaps=scoped(lambda scope, names: [_overlap(scope, p, taus, names, top) for p in pairs for top in TOPS]),
+        overlaps=scoped(
+            lambda scope, names: [_overlap(scope, p, taus, names, top) for p in pairs for top in TOPS], ("total",)
+        ),
         subspaces=(),
         spectra=tuple(
             _spectrum(one, label, (models[label][one.name] - base[one.name]).reshape(one.shape[0], -1))
@@ -118,7 +123,8 @@ def measured(base, models, result=None, kind="models", recipe=None, health=None,
                         np.stack([joined(taus[one], names) for one in models]),
                         joined(taus["merged"], names),
                     )
-                ]
+                ],
+                ("total", "layers"),
             )
         ),
         recipe=None if recipe is None else _recipe(*recipe),

@@ -158,6 +158,12 @@ def test_changes_of_low_rank_are_to_be_extracted(base):
     assert re.fullmatch(r"weightsmith extract models/a models/base a-lora --rank [34]", found["low-rank"].action)
 
 
+def test_what_is_an_adapter_already_is_not_to_be_extracted(base):
+    report = measured(base, {"a": tuned(base, 1, rank=4)}, spectra=QUERIES)
+    adapted = tuple(dataclasses.replace(one, computed=True) for one in report.models)
+    assert advice(dataclasses.replace(report, models=adapted)) == ()
+
+
 def test_spectra_that_are_not_known_far_enough_say_nothing(base):
     report = measured(base, {"a": tuned(base, 1, rank=4)}, spectra=QUERIES)
     unknown = tuple(dataclasses.replace(one, ranks=(None, None, None)) for one in report.spectra)
@@ -194,7 +200,7 @@ def test_a_mean_of_many_keeps_little(base):
 
 
 def test_dare_on_large_changes_is_warned_of(base):
-    models = {"a": tuned(base, 1, size=0.01), "b": tuned(base, 2, size=0.4)}
+    models = {"a": tuned(base, 1, size=0.01), "b": tuned(base, 2, size=0.9)}
     recipe = ("dare_ties", {label: {} for label in models}, {})
     assert _advice(base, models, kind="recipe", recipe=recipe)["dare"].models == ("b",)
     assert "dare" not in _advice(base, models, kind="recipe", recipe=("ties", *recipe[1:]))
@@ -216,6 +222,13 @@ def test_a_stranger_is_left_out_of_all_else(base):
     assert found["orthogonal"].models == ("a", "b")
 
 
+def test_a_model_of_which_a_part_is_foreign_takes_no_part(base):
+    other = {name: (trained(8) if ".mlp." in name else base)[name] for name in base}
+    found = _advice(base, {"a": tuned(base, 1), "half": other, "b": tuned(base, 2)})
+    assert list(found) == ["orthogonal"]
+    assert found["orthogonal"].models == ("a", "b")
+
+
 def test_copies_count_once(base):
     a = tuned(base, 1)
     found = _advice(base, {"a": a, "copy": dict(a), "b": tuned(base, 2), "base again": dict(base)})
@@ -227,7 +240,7 @@ def test_without_a_base_only_that_is_said(base):
     models = {"a": tuned(base, 1), "root": base, "b": tuned(base, 2)}
     found = _advice(tuned(base, 3), models, base_named=False)
     assert list(found) == ["name-base"]
-    assert found["name-base"].action == "weightsmith report models/a models/b --base models/root"
+    assert found["name-base"].action == "weightsmith report models/base models/a models/b --base models/root"
 
 
 def test_one_model_that_is_sound_gets_no_advice(base):

@@ -85,6 +85,16 @@ def test_small_matrices_and_vectors_are_not_tested():
     assert (found.shares, found.p, found.figures) == (None, None, ())
 
 
+def test_experts_in_one_tensor_are_tested_whatever_their_number():
+    draw = np.random.default_rng(0)
+    base = {"model.layers.0.mlp.experts.up_proj": draw.standard_normal((4, 24, 40))}
+    near = {name: array + 0.1 * draw.standard_normal(array.shape) for name, array in base.items()}
+    apart = {name: draw.standard_normal(array.shape) for name, array in base.items()}
+    report = measured(base, {"near": near, "apart": apart})
+    assert _verdicts(report) == {"near": True, "apart": False}
+    assert nearness(report)["near"].z == pytest.approx(24**0.5 * nearness(report)["near"].cosine)
+
+
 @pytest.mark.parametrize("strong", [False, True])
 def test_chance_is_not_underestimated(strong):
     # Rows that all lie in one direction, the same in both models, are the worst case: the bound 1/m is then reached.
@@ -158,6 +168,17 @@ def test_a_model_that_hardly_moved_is_no_better_base_than_the_base():
     base = trained(0)
     models = {"still": tuned(base, 1, size=1e-4), "a": tuned(base, 2), "b": tuned(base, 3), "base itself": base}
     assert better_base(measured(base, models)) is None
+
+
+@pytest.mark.parametrize("first", ["a", "root"])
+def test_where_no_base_was_named_the_first_model_is_one_of_them(first):
+    root = trained(0)
+    models = {"a": tuned(root, 1), "root": root, "b": tuned(root, 2)}
+    start = models.pop(first)
+    found = better_base(measured(start, models, base_named=False))
+    # Its label in these reports is "base".
+    assert found.label == ("base" if first == "root" else "root")
+    assert len(found.models) == 2
 
 
 def test_without_the_root_no_model_is_suggested():

@@ -5,7 +5,8 @@ import pytest
 
 from tests.report.families import permuted, trained, tuned
 from tests.report.plain import measured
-from weightsmith.report.findings import Difference, DtypeShare, Health, Report, Rows, TokenDifference
+from weightsmith.report.advice import with_conclusions
+from weightsmith.report.findings import Difference, DtypeShare, Health, Report, Rows, Scoped, TokenDifference
 from weightsmith.report.health import health
 
 EMBEDDINGS, MATRIX = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
@@ -58,6 +59,20 @@ def test_replaced_layers_are_named(base):
     assert found.code == "partly-unrelated"
     assert "model.layers.0.mlp.up_proj.weight" in found.text
     assert "another order" not in found.text
+
+
+def test_a_model_with_none_of_the_tensors_is_said_to_have_none(base):
+    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)})
+    changes = Scoped(
+        **{
+            field.name: tuple(row for row in getattr(report.changes, field.name) if row.model != "b")
+            for field in dataclasses.fields(Scoped)
+        }
+    )
+    report = dataclasses.replace(report, changes=changes, agreements=Scoped(), conflicts=Scoped(), overlaps=Scoped())
+    (found,) = health(report)
+    assert (found.code, found.level, found.models) == ("incomparable", "error", ("b",))
+    assert with_conclusions(report).advice == ()
 
 
 def test_a_far_model_is_said_to_be(base):

@@ -48,6 +48,15 @@ def test_a_result_of_another_length_is_told(base, models, weight, code):
     assert found[code].figures[0].value == pytest.approx(weight * 3**0.5, rel=0.05)
 
 
+def test_a_mean_without_a_base_has_the_first_model_in_it_too(base, models):
+    first, second, third = models.values()
+    mean = mixed(first, [(second, 1 / 3), (third, 1 / 3)])
+    (found,) = outcome(measured(first, {"b": second, "c": third}, result=mean, base_named=False))
+    assert found.code == "present"
+    assert found.models == ("base", "b", "c")
+    assert [one.value for one in found.figures] == pytest.approx([1 / 3] * 3, abs=1e-3)
+
+
 def test_a_result_that_is_one_input_is_told(base, models):
     assert list(_found(base, models, 0.0, 1.0, 0.0)) == ["single-input"]
 

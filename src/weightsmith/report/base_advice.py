@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
-from weightsmith.report.base_test import Candidate, base_tests, better_base
+from weightsmith.report.base_test import Candidate, better_base, nearness
 from weightsmith.report.family import Family
 from weightsmith.report.findings import Figure, Finding, Report
-from weightsmith.report.wording import cosine_text, listed
+from weightsmith.report.wording import cosine_text, have, listed
 
 
 def base_first(report: Report, family: Family) -> Iterator[Finding]:
@@ -20,7 +20,7 @@ def base_first(report: Report, family: Family) -> Iterator[Finding]:
             "base-first",
             "error",
             "Settle the base first",
-            f"{listed(family.strangers)} {_verb(family.strangers)} nothing to do with {report.base.label}, so every "
+            f"{listed(family.strangers)} {have(family.strangers)} nothing to do with {report.base.label}, so every "
             "task vector is mostly the way back from it: until the base is right, cosines, signs and overlaps "
             f"here say nothing about merging.{fits}",
             _shares_figures(report, family.strangers) + _fit_figures(found),
@@ -32,7 +32,7 @@ def base_first(report: Report, family: Family) -> Iterator[Finding]:
             "leave-out",
             "error",
             f"Leave {listed(family.strangers)} out",
-            f"{listed(family.strangers)} {_verb(family.strangers)} nothing to do with {report.base.label}; a merge "
+            f"{listed(family.strangers)} {have(family.strangers)} nothing to do with {report.base.label}; a merge "
             "with the others would break them. What follows is about the others.",
             _shares_figures(report, family.strangers),
             family.strangers,
@@ -51,17 +51,11 @@ def base_first(report: Report, family: Family) -> Iterator[Finding]:
         )
 
 
-def _verb(labels: Sequence[str]) -> str:
-    return "has" if len(labels) == 1 else "have"
-
-
 def _shares_figures(report: Report, labels: Sequence[str]) -> tuple[Figure, ...]:
+    near = nearness(report)
     return tuple(
-        Figure(f"{one.model}: {figure.name}", figure.value, figure.unit)
-        for one in base_tests(report)
-        if one.model in labels
-        for figure in one.figures
-        if figure.unit == "cosine" and "median" in figure.name
+        Figure(f"median cosine of a matrix of {label} with the base's", near[label].cosine, "cosine")
+        for label in labels
     )
 
 
@@ -82,7 +76,7 @@ def _fit_figures(found: Candidate | None) -> tuple[Figure, ...]:
 def _other_base(report: Report, found: Candidate | None) -> str:
     if found is None:
         return ""
-    names = {model.label: shlex.quote(model.reference) for model in report.models}
+    names = {model.label: shlex.quote(model.reference) for model in (report.base, *report.models)}
     return f"weightsmith report {' '.join(names[one] for one in found.models)} --base {names[found.label]}"
 
 

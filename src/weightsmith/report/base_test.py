@@ -84,6 +84,11 @@ class Nearness:
         return 0.5 * math.erfc(self.z / math.sqrt(2.0))
 
     @property
+    def mixed(self) -> bool:
+        """Whether a part of the model that matters has nothing to do with the base, and not all of it."""
+        return 1.0 - MOST < self.unrelated < MOST
+
+    @property
     def shares(self) -> bool | None:
         """The verdict: see :class:`weightsmith.report.findings.BaseTest`."""
         if self.unrelated >= MOST:
@@ -100,7 +105,7 @@ class Candidate:
     Attributes:
         label: the model's.
         cosine: mean cosine of the other related models' task vectors, taken from this model.
-        named: the same, taken from the base; None where the base is not related to them.
+        named: the same, taken from the base; None where the base is not related to them, or nobody named it.
         models: labels of those other models.
     """
 
@@ -143,17 +148,22 @@ def better_base(report: Report) -> Candidate | None:
     same reason. It takes two models besides the candidate to tell.
 
     Args:
-        report: its rows per tensor are what is looked at.
+        report: its rows per tensor are what is looked at. Where nobody named its base, that is a model like the
+            others, and may be the one that is returned.
     """
     distances = _distances(report)
     if distances is None:
         return None
     base = report.base.label
+    models = [label for label in distances.labels if label != base or not report.base_named]
     found = []
-    for label in distances.labels:
-        family = [other for other in distances.labels if other not in (label, base) and distances.related(label, other)]
+    for label in models:
+        family = [other for other in models if other != label and distances.related(label, other)]
         cosine = _mean_cosine(distances, label, family)
-        if label == base or cosine is None or cosine > CENTRE:
+        if cosine is None or cosine > CENTRE:
+            continue
+        if not report.base_named:
+            found.append(Candidate(label, cosine, None, tuple(family)))
             continue
         others = [other for other in family if distances.squared(other, base) > 0.0]
         named = _mean_cosine(distances, base, others) if distances.related(label, base) else None
@@ -170,7 +180,9 @@ def _sides(tensors: Sequence[TensorFacts]) -> dict[str, int]:
     for one in tensors:
         if len(one.shape) < 2 or one.component in LEFT_OUT:
             continue
-        side = min(one.shape[0], math.prod(one.shape[1:]))
+        # Experts that lie in one tensor are a matrix each; their number is no side.
+        stacked = len(one.shape) == 3 and one.component.startswith("expert")
+        side = min(one.shape[1:]) if stacked else min(one.shape[0], math.prod(one.shape[1:]))
         if side >= SMALLEST_SIDE:
             sides[one.name] = side
     return sides
@@ -243,7 +255,7 @@ def _distances(report: Report) -> _Distances | None:
         if row.scope.tensor in changes and row.model in labels:
             changes[row.scope.tensor][row.model] = row
     shared = {name for name, rows in changes.items() if len(rows) == len(labels)}
-    if len(labels) < 3 or not shared:
+    if not labels or not shared:
         return None
     pairs: dict[frozenset[str], list[Agreement]] = {}
     for agreement in report.agreements.tensors:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weightsmith.report.base_test import base_tests
+from weightsmith.report.base_test import nearness
 from weightsmith.report.findings import Agreement, Change, Report
 from weightsmith.report.health import duplicates, unmoved
 from weightsmith.report.recipe_text import recipe_text
@@ -53,10 +53,12 @@ class Family:
 def family_of(report: Report) -> Family:
     """Return those models of a report whose figures say something about merging.
 
-    Left out are models that have nothing to do with the base, those that are the base, and copies of another one.
+    Left out are models that have nothing to do with the base, wholly or in part, those that are the base, and copies of
+    another one.
     """
-    strangers = tuple(one.model for one in base_tests(report) if one.shares is False)
-    left_out = {*strangers, *unmoved(report)}
+    near = nearness(report)
+    strangers = tuple(label for label, one in near.items() if one.shares is False)
+    left_out = {*strangers, *(label for label, one in near.items() if one.mixed), *unmoved(report)}
     for pair in duplicates(report):
         first, second = (model.label for model in report.models if model.label in pair)
         if first not in left_out:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from weightsmith.report.base_test import MOST, RELATED, Nearness, nearness
+from weightsmith.report.base_test import RELATED, Nearness, nearness
 from weightsmith.report.findings import Agreement, Difference, Figure, Finding, Level, Model, Nonfinite, Report, Rows
-from weightsmith.report.wording import cosine_text, counted, listed, percent
+from weightsmith.report.wording import cosine_text, counted, have, listed, percent
 
 # The gravest first, as findings and advice are sorted.
 LEVELS: tuple[Level, ...] = ("error", "warning", "note", "good")
@@ -37,6 +37,7 @@ def health(report: Report) -> tuple[Finding, ...]:
     """
     found = [
         *_nonfinite(report),
+        *_incomparable(report),
         *_strangers(report),
         *_unmoved(report),
         *_alike(report),
@@ -102,6 +103,23 @@ def _nonfinite(report: Report) -> Iterator[Finding]:
         )
 
 
+def _incomparable(report: Report) -> Iterator[Finding]:
+    compared = {row.model: row.entries for row in report.changes.total}
+    labels = [model.label for model in report.models if not compared.get(model.label)]
+    if labels:
+        base = report.base.label
+        yield Finding(
+            "incomparable",
+            "error",
+            f"{listed(labels)} {have(labels)} no tensor of {base}",
+            f"No tensor of floating-point numbers of {listed(labels)} has the name and the shape of one of "
+            f"{base_name(report)}. Another architecture, or weights that are quantised to integers, cannot be merged "
+            "with it as they are.",
+            (Figure("entries compared", 0, "entries"),),
+            tuple(labels),
+        )
+
+
 def _strangers(report: Report) -> Iterator[Finding]:
     found = nearness(report).values()
     unrelated = [one for one in found if one.shares is False]
@@ -109,7 +127,7 @@ def _strangers(report: Report) -> Iterator[Finding]:
         if alike := [one for one in unrelated if one.permuted is permuted]:
             yield _unrelated(report, alike)
     for one in found:
-        if one.shares is None and one.unrelated > 1.0 - MOST:
+        if one.mixed:
             yield _mixed(report, one)
         elif one.shares is None:
             yield _far(report, one)
@@ -127,7 +145,7 @@ def _unrelated(report: Report, found: Sequence[Nearness]) -> Finding:
     return Finding(
         "unrelated",
         "error",
-        f"{listed(labels)} {'has' if len(labels) == 1 else 'have'} nothing to do with {report.base.label}",
+        f"{listed(labels)} {have(labels)} nothing to do with {report.base.label}",
         f"{percent(min(one.unrelated for one in found))} of the weights of {listed(labels)} lie in matrices that are "
         f"no nearer to those of {base_name(report)} than to a stranger's: the median cosine is "
         f"{cosine_text(cosine, 3)}, where fine-tunes have more than {RELATED}. {why}",
@@ -320,7 +338,7 @@ def _dtypes(report: Report) -> Iterator[Finding]:
         yield Finding(
             "dtype",
             "note",
-            f"{listed(labels)} {'has' if len(labels) == 1 else 'have'} other dtypes than {report.base.label}",
+            f"{listed(labels)} {have(labels)} other dtypes than {report.base.label}",
             f"Up to {counted(max(tensors[label] for label in labels), 'tensor')} went from {kinds}. Merges compute in "
             "float32 and round once, so this does no harm; `dtype` in the recipe says what the result has.",
             tuple(Figure(f"{label}: tensors of another dtype", tensors[label], "tensors") for label in labels),

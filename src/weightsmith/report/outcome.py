@@ -47,7 +47,7 @@ def outcome(report: Report) -> tuple[Finding, ...]:
         *_dominated(report, total),
         *_unexplained(report, total),
     ]
-    return tuple(found) if any(one.code == "absent" for one in found) else (*found, _present(total))
+    return tuple(found) if any(one.code == "absent" for one in found) else (*found, _present(report, total))
 
 
 def _part(row: Composition, number: int) -> float:
@@ -59,7 +59,7 @@ def _nothing(report: Report) -> Finding:
     return Finding(
         "unchanged",
         "warning",
-        "The result is the base",
+        f"The result is {report.base.label}",
         f"The result has {report.base.label}'s values in all entries compared: the weights are zero, or every change "
         "was trimmed away. Raise weights or density.",
         (Figure("norm of the result's change", 0.0),),
@@ -116,7 +116,8 @@ def _absent(report: Report, total: Composition) -> Iterator[Finding]:
 
 def _length(report: Report, total: Composition) -> Iterator[Finding]:
     norms = [row.delta_norm for row in report.changes.total if row.model in total.models and row.delta_norm > 0.0]
-    if not norms:
+    # How far a mean of models is from the first of them says nothing.
+    if not norms or not report.base_named:
         return
     ratio = total.delta_norm / statistics.fmean(norms)
     figures = (Figure("norm of the result's change over the mean norm of its inputs'", ratio, "ratio"),)
@@ -181,14 +182,22 @@ def _unexplained(report: Report, total: Composition) -> Iterator[Finding]:
         )
 
 
-def _present(total: Composition) -> Finding:
-    shares = {label: _part(total, number) for number, label in enumerate(total.models)}
-    told = listed([f"{label} {percent(share)}" for label, share in shares.items()], 8)
+def _present(report: Report, total: Composition) -> Finding:
+    if report.base_named:
+        what, unit = "Shares of the result's change", "share"
+        parts = {label: _part(total, number) for number, label in enumerate(total.models)}
+        told = listed([f"{label} {percent(one)}" for label, one in parts.items()], 8)
+    else:
+        # The first model is an input like the others; all coefficients add up to 1 where the result is a mean.
+        what, unit = "Coefficients of the models in the result", ""
+        parts = dict(zip(total.models, total.coefficients, strict=True))
+        parts = {report.base.label: 1.0 - math.fsum(total.coefficients), **parts}
+        told = listed([f"{label} {one:.2f}" for label, one in parts.items()], 8)
     return Finding(
         "present",
         "good",
         "All inputs are in the result",
-        f"Shares of the result's change: {told}.",
-        tuple(Figure(f"share of the result's change that is {label}'s", one, "share") for label, one in shares.items()),
-        total.models,
+        f"{what}: {told}.",
+        tuple(Figure(f"{what}: {label}", one, unit) for label, one in parts.items()),
+        tuple(parts),
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from weightsmith.report.family import Family
 from weightsmith.report.findings import Change, Figure, Finding, Report, Scope
 from weightsmith.report.recipe_text import yaml_text
-from weightsmith.report.wording import counted, listed, percent, times
+from weightsmith.report.wording import counted, have, listed, percent, times
 
 # An adapter of an eighth of the smaller side has at most a quarter of a square matrix's parameters. Inferred.
 LOW_RANK = 1 / 8
@@ -40,12 +40,12 @@ def layers(report: Report, family: Family) -> Iterator[Finding]:
         return
     top, first = worst[0].share or 0.0, str(worst[0].scope.layer)
     names = [str(row.scope.layer) for row in rows if row in worst]
-    patterns = ", ".join(f'"{name}.*"' for name in names)
+    patterns = ", ".join(yaml_text(f"{name}.*") for name in names)
     yield Finding(
         "layers",
         "note",
         "A few layers hold the conflict",
-        f"{listed(names)} {'has' if len(names) == 1 else 'have'} up to {percent(top)} of the movement against the "
+        f"{listed(names)} {have(names)} up to {percent(top)} of the movement against the "
         f"elected sign, all layers together {percent(total.share)}. Take less of the models there, or one model alone.",
         (
             Figure(f"share of the movement against the elected sign in {first}", top, "share"),
@@ -125,7 +125,11 @@ def frozen(report: Report, family: Family) -> Iterator[Finding]:
 
 def low_rank(report: Report, family: Family) -> Iterator[Finding]:
     """Yield which models' changes a small adapter could say."""
+    # What is an adapter on the base need not be made one.
+    computed = {model.label for model in report.models if model.computed}
     for label in family.labels:
+        if label in computed:
+            continue
         rows = [row for row in report.spectra if row.model == label and row.norm > 0.0]
         ranks = [row.ranks[0] for row in rows if row.ranks[0] is not None]
         if not rows or len(ranks) < len(rows):

@@ -24,6 +24,11 @@ def counted(number: int, one: str, more: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
+def have(names: Sequence[str]) -> str:
+    """Return the verb for names that a sentence lists: ``has`` or ``have``."""
+    return "has" if len(names) == 1 else "have"
+
+
 def percent(share: float) -> str:
     """Return a share as per cent: ``0.034%``, ``3.0%``, ``34%``, ``100%`` only if it is all."""
     value = 100.0 * share
