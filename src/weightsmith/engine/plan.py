@@ -166,7 +166,7 @@ class Plan:
             if self.peak_memory(count, memory) <= memory:
                 return count
         needed = max(self.held, self.preparing[0])
-        if needed + RESIDENT > memory:
+        if needed and needed + RESIDENT > memory:
             raise PlanError(
                 f"rows of {(needed + RESIDENT) / 1e6:,.0f} MB are held together, and --memory allows "
                 f"{memory / 1e6:,.0f} MB: allow more"
