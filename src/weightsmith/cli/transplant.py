@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +13,7 @@ from weightsmith.cli.merge import save, saving_options
 from weightsmith.cli.terminal import printable
 
 if TYPE_CHECKING:
+    from weightsmith.transplantation.held_out import HeldOut
     from weightsmith.transplantation.report import Report, TableReport
 
 _METHODS = (
@@ -25,7 +28,7 @@ _WORST = 5
 @click.command("transplant")
 @click.argument("model")
 @click.argument("donor")
-@click.argument("target", metavar="OUT")
+@click.argument("target", metavar="OUT", required=False)
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
@@ -88,16 +91,23 @@ _WORST = 5
     show_default=True,
     help="DONOR's, MODEL's or none.",
 )
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Write nothing: make shared tokens as if they were new, by each method, and say how near to their own rows "
+    "they come.",
+)
 @saving_options
 @click.option("--json", "as_json", is_flag=True, help="Print what became of the tokens as JSON.")
 def command(
     model: str,
     donor: str,
-    target: str,
+    target: str | None,
     dry_run: bool,
     quiet: bool,
     json_log: bool,
     as_json: bool,
+    compare: bool,
     shard_size: int,
     threads: int | None,
     memory: int | None,
@@ -112,6 +122,7 @@ def command(
     """Give MODEL the tokenizer of DONOR: OUT is MODEL with rows for DONOR's tokens.
 
     \b
+    weightsmith transplant base/ donor/ --compare
     weightsmith transplant base/ donor/ out/
     weightsmith transplant base/ donor/ out/ -k 32 --head-method subword
     weightsmith transplant base/ donor/tokenizer.json out/ --method subword
@@ -130,12 +141,23 @@ def command(
     random         drawn around the mean, each element by itself
     gaussian       drawn around the mean, by the rows' covariance
 
-    The first six compare DONOR's embeddings; for the others DONOR may be a tokenizer alone. How well tokens were
-    rebuilt is printed, and kept in OUT. More: docs/guide/vocabularies.md
+    The first six compare DONOR's embeddings, and do well where these are like MODEL's, which --compare tells; for the
+    others DONOR may be a tokenizer alone. How well tokens were rebuilt is printed, and kept in OUT. More:
+    docs/guide/vocabularies.md
     """
     from weightsmith.transplantation.create import transplant
 
+    if target is None and not compare:
+        raise click.UsageError("Missing argument 'OUT'.")
     made = transplant(model, donor, **settings)
+    if compare:
+        tried = made.compare(threads=threads)
+        if as_json:
+            click.echo(json.dumps({n: {m: asdict(one) for m, one in by.items()} for n, by in tried.items()}, indent=2))
+        else:
+            _show_comparison(tried)
+        return
+    assert target is not None
     save(
         made,
         target,
@@ -166,6 +188,16 @@ def _show(found: Report) -> None:
         click.echo(f"{found.searched:,} tokens searched in {found.seconds:.1f} s: {found.rate:,.0f} a second")
 
 
+def _show_comparison(tried: Mapping[str, Mapping[str, HeldOut]]) -> None:
+    for name, methods in tried.items():
+        first = next(iter(methods.values()))
+        click.echo(f"{printable(name)}: {first.tokens:,} shared tokens, made of {first.anchors:,} others")
+        click.echo(f"  {'method':16}{'error':>7}{'cosine':>9}")
+        for method, one in methods.items():
+            click.echo(f"  {method:16}{one.error:7.3f}{one.cosine:9.3f}")
+        click.echo(f"  {'mean of all':16}{first.mean_error:7.3f}")
+
+
 def _show_table(table: TableReport) -> None:
     kinds = {"surface": "by text", "role": "by role", "byte": "as bytes", "prefix": "by prefix"}
     shared = ", ".join(f"{count:,} {kinds[name]}" for name, count in table.shared.items() if count) or "none"
@@ -187,3 +219,9 @@ def _show_table(table: TableReport) -> None:
         click.echo(f"  residual   {told}")
         worst = ", ".join(f"{printable(token)} ({residual:.3g})" for token, residual in table.worst[:_WORST])
         click.echo(f"  worst      {worst}")
+    if table.held_out is not None:
+        one = table.held_out
+        click.echo(
+            f"  check      {one.tokens:,} shared tokens made of {one.anchors:,} others: error {one.error:.3g}, cosine "
+            f"{one.cosine:.3g} (the mean of all: {one.mean_error:.3g})"
+        )

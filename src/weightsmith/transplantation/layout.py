@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from weightsmith.tokenizer.matching import Numbers
 from weightsmith.tokenizer.tokenizer import Tokenizer
 from weightsmith.transplantation.auxiliary import Vectors
 from weightsmith.transplantation.combination import Combinations
+from weightsmith.transplantation.held_out import HeldOut, hold_out, memory_of
 from weightsmith.transplantation.new_rows import Combined, Drawn, Mapped, MeanRow
 from weightsmith.transplantation.recipe import METHODS, SEARCHING, Recipe, Way
 from weightsmith.transplantation.search import Search, Shared, of_model
@@ -40,7 +42,7 @@ class Made:
         search: what finds of what they are made, where the donor's tokens are searched.
         averaged: how many new tokens take the mean of all rows, though another way was asked for: where the donor's
             token has no row, or its text no pieces.
-        anchors: how many tokens new ones could be made of; None where the way takes none.
+        space: where the donor's tokens lie, and which of them are shared; None where the way does not look there.
     """
 
     table: Table
@@ -50,7 +52,47 @@ class Made:
     way: Way
     search: Search | None = None
     averaged: int = 0
-    anchors: int | None = None
+    space: Space | None = None
+
+    @property
+    def anchors(self) -> int | None:
+        """How many tokens new ones could be made of; None where the way takes none."""
+        return None if self.space is None else len(self.space.shared.donor)
+
+    @property
+    def checking(self) -> int:
+        """About how many bytes :attr:`held_out` takes."""
+        return 0 if self.space is None else memory_of(self.space.donor, self.table, self.space.shared)
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The same as :meth:`hold_out` by its own way."""
+        return self.hold_out()
+
+    def hold_out(self, way: Way | None = None, *, threads: int | None = None) -> HeldOut | None:
+        """Make shared tokens again as if they were new; see :func:`weightsmith.transplantation.held_out.hold_out`.
+
+        Args:
+            way: another way than its own.
+            threads: how many threads to use; by default one per core.
+
+        Returns:
+            How near they come; None for a bias, where the donor's space is not searched, or too few tokens are shared.
+
+        Raises:
+            CheckpointError: if a row cannot be read, or is not finite.
+        """
+        if self.space is None or self.table.is_bias:
+            return None
+        return hold_out(way or self.way, self.space.donor, self.table, self.space.shared, threads=threads)
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Where a donor's tokens lie, ``[V, d]``, and which tokens are shared."""
+
+    donor: Tensor
+    shared: Shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +103,7 @@ class _Making:
     tensor: Tensor | None
     averaged: Numbers
     search: Search | None = None
-    anchors: int | None = None
+    space: Space | None = None
 
 
 _NONE = np.zeros(0, np.int64)
@@ -151,7 +193,7 @@ class Layout:
         tensors = [tensor, mean if making.tensor is None else making.tensor, mean]
         made = gathered(tensor.name, tensors, Origins(source, row), shape, tensor.dtype)
         averaged = 0 if way.method == "mean" else len(making.averaged)
-        return Made(table, made, rows, matches, way, making.search, averaged, making.anchors)
+        return Made(table, made, rows, matches, way, making.search, averaged, making.space)
 
     def _rows(self, table: Table) -> int:
         """Return how many rows a table has in the result."""
@@ -204,14 +246,13 @@ class Layout:
         if not known.any():
             return _Making(_NONE, None, new)
         shared = Shared(anchors, matches.model[anchors])
+        space = Space(vectors.tensor, shared)
         if way.method == "landmark_pca":
-            return _Making(
-                new[known], Mapped(table, vectors.tensor, shared, new[known]), new[~known], None, len(anchors)
-            )
+            return _Making(new[known], Mapped(table, vectors.tensor, shared, new[known]), new[~known], None, space)
         # A tied donor's embeddings are searched once, for embeddings and head.
         key = (way, id(vectors.tensor), id(matches))
         search = self._searches.setdefault(key, Search(way, vectors.tensor, shared, new[known]))
-        return _Making(new[known], Combined(table, int(known.sum()), search.find), new[~known], search, len(anchors))
+        return _Making(new[known], Combined(table, int(known.sum()), search.find), new[~known], search, space)
 
     def _rows_of_donor(self, table: Table, way: Way) -> Vectors:
         tensor = donor_of(table.tensor.name, self._spaces[table.part])

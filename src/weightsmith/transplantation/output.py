@@ -16,14 +16,15 @@ from weightsmith.checkpoint.layout import Part
 from weightsmith.checkpoint.storage import is_url
 from weightsmith.engine.plan import RESIDENT, Plan
 from weightsmith.engine.progress import ProgressListener, Silent
-from weightsmith.errors import Interrupted, PlanError
+from weightsmith.errors import Interrupted, MethodError, PlanError
 from weightsmith.plan.output import Output, parts_of
 from weightsmith.tokenizer.facts import digit_tokens
 from weightsmith.tokenizer.tokenizer import LARGEST, Tokenizer, read_tokenizer
 from weightsmith.transplantation.auxiliary import read_vectors
 from weightsmith.transplantation.files import beside
+from weightsmith.transplantation.held_out import HeldOut
 from weightsmith.transplantation.layout import Layout
-from weightsmith.transplantation.recipe import Recipe
+from weightsmith.transplantation.recipe import METHODS, SEARCHING, Recipe
 from weightsmith.transplantation.report import Report, report_of
 from weightsmith.transplantation.tokens import number_warning
 
@@ -85,10 +86,14 @@ class Transplant(Output):
         """See :meth:`Output.plan`."""
         searches, tables = self.layout.searches, self.layout.tables
         memory = [search.memory for search in searches]
+        checks = max((made.checking for made in tables), default=0)
         rows = [4 * (made.anchors or 0) * made.table.width for made in tables]
         return replace(
             super().plan(**options),
-            preparing=(max((least for least, _ in memory), default=0), max((most for _, most in memory), default=0)),
+            preparing=(
+                max((least for least, _ in memory), default=checks),
+                max((most for _, most in memory), default=checks),
+            ),
             held=max(rows, default=0) + sum(search.held for search in searches),
         )
 
@@ -117,10 +122,43 @@ class Transplant(Output):
 
     def write_beside(self, folder: Path, plan: Plan) -> list[str]:
         """See :meth:`Output.write_beside`: config, the tokenizer's files, and the report."""
-        content = {"settings": self.recipe.to_json(), **self.report().to_json(seconds=False)}
+        report = self.report()
+        content = {"settings": self.recipe.to_json(), **report.to_json(seconds=False)}
         # A token may hold half a character.
         (folder / REPORT_FILE).write_bytes(config_text(content).encode("utf-8", "backslashreplace"))
-        return write_companions(folder, self.config, self.companions.files, chat_template=self._template)
+        notes = write_companions(folder, self.config, self.companions.files, chat_template=self._template)
+        return [*notes, *report.notes()]
+
+    def compare(self, *, threads: int | None = None) -> dict[str, dict[str, HeldOut]]:
+        """Return how near each method that looks at the donor's embeddings comes to rows that are known.
+
+        Args:
+            threads: how many threads to use; by default one per core.
+
+        Returns:
+            Table -> method -> how near the rows of shared tokens come that are made as if they were new, the nearest
+            first.
+
+        Raises:
+            MethodError: if the transplant's own method is none of these, so that where to look is not known.
+            PlanError: if too few tokens are shared.
+            CheckpointError: if a row cannot be read, or is not finite.
+        """
+        if not any(made.space for made in self.layout.tables):
+            raise MethodError(
+                "methods are compared that look at the donor's embeddings, and no new token is made by one: leave "
+                "--method out"
+            )
+        found: dict[str, dict[str, HeldOut]] = {}
+        for made in self.layout.tables:
+            ways = {method: self.recipe.only(method).way(made.table.part) for method in METHODS if method in SEARCHING}
+            tried = {method: made.hold_out(way, threads=threads) for method, way in ways.items()}
+            known = [(method, one) for method, one in tried.items() if one is not None]
+            if known:
+                found[made.table.tensor.name] = dict(sorted(known, key=lambda entry: entry[1].error))
+        if not found:
+            raise PlanError(f"{self._names[0]} and {self._names[1]} share too few tokens to compare methods by")
+        return found
 
     def report(self, *, search: bool = True) -> Report:
         """Return what becomes of every token.

@@ -166,6 +166,15 @@ class Recipe:
                 f"{self.neighbours:,} neighbours: give at least as many neighbours as atoms"
             )
 
+    def only(self, method: Method) -> Recipe:
+        """Return the recipe with one method, and of the settings those that mean something for it."""
+        others: dict[str, Any] = {
+            field.name: field.default
+            for field in dataclasses.fields(self)
+            if field.name in _MEANT and method not in _MEANT[field.name]
+        }
+        return dataclasses.replace(self, method=method, head_method=None, **others)
+
     def way(self, part: Part) -> Way:
         """Return how the rows of new tokens are made in a part of the model, with all defaults."""
         method = self.head_method if part == "head" and self.head_method is not None else self.method

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.transplantation.held_out import HeldOut
 from weightsmith.transplantation.layout import Layout, Made
 from weightsmith.transplantation.search import Found
 from weightsmith.transplantation.tokens import NEW, SHARED, UNTRAINED, UNUSED
@@ -36,6 +37,8 @@ class TableReport:
         residual: share of the new tokens -> the largest residual of so many: ``||d - sum_j w_j d_j|| / ||d||`` in the
             donor's space. None where the method rebuilds nothing.
         worst: the tokens with the largest residuals, the largest first.
+        held_out: how near shared tokens come to their own rows when they are made as if they were new; None where the
+            method looks at no donor's space, too few are shared, or for a bias.
     """
 
     name: str
@@ -51,6 +54,7 @@ class TableReport:
     anchors: int | None
     residual: Mapping[str, float] | None
     worst: tuple[tuple[str, float], ...]
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,16 @@ class Report:
     def rate(self) -> float | None:
         """Tokens that were searched in a second; None where none was."""
         return self.searched / self.seconds if self.seconds else None
+
+    def notes(self) -> list[str]:
+        """Return what a person should know of how rows were made."""
+        return [
+            f"{one.name}: {one.method} brings shared tokens that it is not told of no nearer to their own rows "
+            f"(error {one.held_out.error:.3g}) than the mean of all rows does ({one.held_out.mean_error:.3g}), so the "
+            "rows of new tokens are hardly worth more: --compare tells how other methods do with this donor"
+            for one in self.tables
+            if one.held_out is not None and one.held_out.error >= one.held_out.mean_error
+        ]
 
     def to_json(self, *, seconds: bool = True) -> dict[str, Any]:
         """Return it as JSON values.
@@ -139,6 +153,7 @@ def _table(layout: Layout, made: Made, *, search: bool) -> TableReport:
         made.anchors,
         residual,
         worst,
+        made.held_out if search else None,
     )
 
 
