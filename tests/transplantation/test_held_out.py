@@ -13,6 +13,7 @@ from tiny_models import llama
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.cli.main import main
 from weightsmith.errors import MethodError
+from weightsmith.transplantation.combination import Combinations, combine
 from weightsmith.transplantation.held_out import hold_out
 from weightsmith.transplantation.recipe import SEARCHING, Recipe
 from weightsmith.transplantation.search import Shared
@@ -100,6 +101,38 @@ def test_of_few_tokens_or_zeros_nothing_is_told():
     assert held(way("focus"), donor, own) is None
     # More atoms and neighbours than are left of the shared tokens.
     assert held(way("omp", atoms=60), donor, spaces(64, seed=4)[1]).anchors == 48
+
+
+def test_a_map_that_also_moves_is_found_by_centred_sums_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    more, fewer = trained.byte_bpe(), trained.byte_bpe(size=330)
+    donors = {name: rng.standard_normal((400, 12)).astype(np.float32) for name in (EMBEDDINGS, HEAD)}
+    moved = {name: array @ rng.standard_normal((12, 8)) + 5 * rng.standard_normal(8) for name, array in donors.items()}
+    known = {name: array[:330].astype(np.float32) for name, array in moved.items()}
+    model = llama(tmp_path / "model", fewer, tensors=known, **GPT)
+    donor = llama(tmp_path / "donor", more, tensors=donors, hidden=12, **GPT)
+    for centred in (True, False):
+        made = ws.transplant(model, donor, atoms=12, centred=centred)
+        for name, array in moved.items():
+            error = np.abs(made[name].numpy()[330:] - array[330:]).max()
+            assert error < 1e-3 if centred else error > 0.5
+        checks = [table.held_out for table in made.report().tables]
+        assert all(one.error < 1e-4 if centred else one.error > 0.05 for one in checks)
+    with pytest.raises(MethodError, match="centred means nothing for the method focus"):
+        ws.transplant(model, donor, "focus", centred=True)
+
+
+def test_sums_from_the_mean_on_are_completed_to_one():
+    rng = np.random.default_rng(0)
+    rows, centre = rng.standard_normal((9, 4)).astype(np.float32), rng.standard_normal(4)
+    anchors = np.array([[0, 3, 8], [5, -1, -1]], np.int32)
+    weights = np.array([[0.5, -2.0, 0.25], [3.0, 0.0, 0.0]])
+    expected = [
+        centre + sum(w * (rows[a].astype(float) - centre) for a, w in zip(one, shares, strict=True) if a >= 0)
+        for one, shares in zip(anchors, weights, strict=True)
+    ]
+    made = combine(Combinations(anchors, weights, np.zeros(2)), rows, centre=centre)
+    np.testing.assert_allclose(made, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,9 @@ _WORST = 5
 @click.option("--head-method", type=click.Choice(_METHODS), help="How those of the head are, if another way.")
 @click.option("-k", "--atoms", type=click.IntRange(min=1), help="omp: anchors that make up a token; 64 by default.")
 @click.option(
+    "--centred", is_flag=True, help="omp: make sums of what rows differ from their mean by, and add the mean."
+)
+@click.option(
     "--neighbours",
     type=click.IntRange(min=1),
     help="omp: pick among so many of the nearest anchors, by default all; interpolation, wechsel: take so many, by "

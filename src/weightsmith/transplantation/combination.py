@@ -56,7 +56,9 @@ class Combinations:
         return cls(anchors, weights, residual)
 
 
-def combine(combinations: Combinations, rows: Array, first: int = 0, last: int | None = None) -> Array:
+def combine(
+    combinations: Combinations, rows: Array, first: int = 0, last: int | None = None, *, centre: Array | None = None
+) -> Array:
     """Add up the anchors' rows: ``[last - first, d']``, float64.
 
     Every element is ``((w_1 e_1) + w_2 e_2) + ...`` in float64 in the order of the places, each operation rounded
@@ -67,6 +69,8 @@ def combine(combinations: Combinations, rows: Array, first: int = 0, last: int |
         rows: ``[S, d']`` float32 or float64: the anchors' rows in the space of the result.
         first: the first target.
         last: the target after the last; all by default.
+        centre: ``[d']`` float64: what the weights are completed to one by, if they are of rows that were taken from
+            there on: ``m + sum_j w_j (e_j - m)``.
     """
     last = len(combinations) if last is None else last
     result = np.zeros((last - first, rows.shape[1]))
@@ -76,6 +80,8 @@ def combine(combinations: Combinations, rows: Array, first: int = 0, last: int |
         tile = result[start : start + step]
         chosen = slice(first + start, first + start + len(tile))
         anchors, weights = combinations.anchors[chosen], combinations.weights[chosen]
+        if centre is not None:
+            tile += (1 - weights.sum(1))[:, None] * centre
         for place in range(anchors.shape[1]):
             used = np.flatnonzero(weights[:, place])
             if len(used) == len(tile):

@@ -24,6 +24,7 @@ def transplant(
     *,
     head_method: Method | None = None,
     atoms: int | None = None,
+    centred: bool = False,
     neighbours: int | None = None,
     temperature: float | None = None,
     weights: Scheme | None = None,
@@ -55,6 +56,8 @@ def transplant(
             and ``gaussian``, drawn around the mean.
         head_method: how rows of the head are, where it is another way.
         atoms: of ``omp``, of how many anchors a token is made; 64 by default.
+        centred: of ``omp``, whether the sums are of rows less the anchors' mean row, here as there: what all rows have
+            in common, on which the chances of tokens depend, is kept then. A variant of ours.
         neighbours: of ``omp``, among how many of the nearest anchors they are picked, by default all; of
             ``interpolation`` (64) and ``wechsel`` (10), how many are taken.
         temperature: of ``wechsel``; 0.1 by default.
@@ -86,6 +89,7 @@ def transplant(
         method=method,
         head_method=head_method,
         atoms=atoms,
+        centred=centred,
         neighbours=neighbours,
         temperature=temperature,
         weights=weights,

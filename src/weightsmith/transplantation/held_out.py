@@ -70,6 +70,7 @@ def hold_out(way: Way, donor: Tensor, table: Table, shared: Shared, *, threads: 
     others = others[_spread(len(others), min(ANCHORS, len(others)))]
     known = Shared(shared.donor[others], shared.model[others])
     rows, own = table.take(known.model), table.take(shared.model[chosen]).astype(np.float64)
+    mean = rows.mean(0, dtype=np.float64)
     if way.method == "landmark_pca":
         found = LandmarkMap.of(Rows(donor), known.donor, Rows(rows), np.arange(len(rows)))
         made = found.apply(Rows(donor).take(shared.donor[chosen]))
@@ -78,12 +79,11 @@ def hold_out(way: Way, donor: Tensor, table: Table, shared: Shared, *, threads: 
         fitting = replace(way, atoms=min(way.atoms, within or len(others)), neighbours=within)
         numbered = Shared(known.donor, np.arange(len(rows)))
         what = Search(fitting, donor, numbered, shared.donor[chosen]).find(threads=threads)
-        made = combine(what.combinations, rows[what.model])
+        made = combine(what.combinations, rows[what.model], centre=mean if way.centred else None)
     lengths = np.linalg.norm(own, axis=1)
     told = lengths > 0
     if not told.any():
         return None
-    mean = rows.mean(0, dtype=np.float64)
     return HeldOut(
         int(told.sum()),
         len(others),

@@ -252,7 +252,8 @@ class Layout:
         # A tied donor's embeddings are searched once, for embeddings and head.
         key = (way, id(vectors.tensor), id(matches))
         search = self._searches.setdefault(key, Search(way, vectors.tensor, shared, new[known]))
-        return _Making(new[known], Combined(table, int(known.sum()), search.find), new[~known], search, space)
+        made = Combined(table, int(known.sum()), search.find, shared.model if way.centred else None)
+        return _Making(new[known], made, new[~known], search, space)
 
     def _rows_of_donor(self, table: Table, way: Way) -> Vectors:
         tensor = donor_of(table.tensor.name, self._spaces[table.part])

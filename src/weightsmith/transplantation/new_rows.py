@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -17,7 +18,7 @@ from weightsmith.errors import CheckpointError
 from weightsmith.kernels.convert import largest_finite, narrow
 from weightsmith.tokenizer.matching import Numbers
 from weightsmith.transplantation.combination import combine
-from weightsmith.transplantation.gaussian import Gaussian
+from weightsmith.transplantation.gaussian import Gaussian, mean_of
 from weightsmith.transplantation.landmarks import LandmarkMap
 from weightsmith.transplantation.recipe import Way
 from weightsmith.transplantation.rows import Rows
@@ -81,22 +82,27 @@ class NewRows(Tensor):
 class Combined(NewRows):
     """Rows that are weighted sums of rows of the model."""
 
-    def __init__(self, table: Table, rows: int, find: Callable[[], Found]) -> None:
+    def __init__(self, table: Table, rows: int, find: Callable[[], Found], centre: Numbers | None = None) -> None:
         """Say of what.
 
         Args:
             table: the model's table.
             rows: how many new rows.
             find: returns what each is made of.
+            centre: the tokens whose mean row the sums are taken from, if any: ``[S]``.
         """
         super().__init__(table, rows)
-        self._find = find
+        self._find, self._around = find, centre
 
     def make(self, first: int, last: int) -> Array:
         """See :meth:`NewRows.make`."""
         found = self._find()
         (rows,) = RECENT.get(self, lambda: (self.table.take(found.model),))
-        return combine(found.combinations, rows, first, last)
+        return combine(found.combinations, rows, first, last, centre=self._centre)
+
+    @cached_property
+    def _centre(self) -> Array | None:
+        return None if self._around is None else mean_of(self.table.all_rows(), self._around)
 
 
 class Drawn(NewRows):

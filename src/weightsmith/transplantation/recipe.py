@@ -39,6 +39,7 @@ SEARCHING: frozenset[Method] = frozenset({"omp", "interpolation", "nearest", "we
 # Setting -> the methods that it means something for.
 _MEANT: dict[str, frozenset[Method]] = {
     "atoms": frozenset({"omp"}),
+    "centred": frozenset({"omp"}),
     "neighbours": frozenset({"omp", "interpolation", "wechsel"}),
     "temperature": frozenset({"wechsel"}),
     "weights": frozenset({"interpolation"}),
@@ -60,6 +61,7 @@ class Way:
     Attributes:
         method: one of :data:`METHODS`.
         atoms: of ``omp``, how many anchors make up a token.
+        centred: of ``omp``, whether rows are taken from the mean of the anchors' rows on, here as there.
         neighbours: of ``omp``, how many anchors next to each token are looked at, None for all; of ``interpolation``
             and ``wechsel``, how many are taken.
         temperature: of ``wechsel``, that of the softmax.
@@ -72,6 +74,7 @@ class Way:
 
     method: Method
     atoms: int
+    centred: bool
     neighbours: int | None
     temperature: float
     weights: Scheme
@@ -96,6 +99,7 @@ class Recipe:
         method: how the rows of new tokens are made.
         head_method: how those of the head are, where it is another way.
         atoms: see :class:`Way`; 64 by default.
+        centred: see :class:`Way`.
         neighbours: see :class:`Way`; by default all anchors for ``omp``, 64 for ``interpolation``, 10 for ``wechsel``.
         temperature: see :class:`Way`; 0.1 by default.
         weights: see :class:`Way`; ``distance`` by default.
@@ -117,6 +121,7 @@ class Recipe:
     method: Method = "omp"
     head_method: Method | None = None
     atoms: int | None = None
+    centred: bool = False
     neighbours: int | None = None
     temperature: float | None = None
     weights: Scheme | None = None
@@ -149,7 +154,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise MethodError(f"{name} is {shown(value)}; a whole number from 1 is needed")
-        for name in ("trained_only", "keep_size"):
+        for name in ("centred", "trained_only", "keep_size"):
             if not isinstance(getattr(self, name), bool):
                 raise MethodError(f"{name} is {shown(getattr(self, name))}; true or false is needed")
         if type(self.seed) is not int:
@@ -181,6 +186,7 @@ class Recipe:
         return Way(
             method,
             ANCHORS if self.atoms is None else self.atoms,
+            self.centred and method == "omp",
             _NEIGHBOURS.get(method) if self.neighbours is None else self.neighbours,
             similarity.TEMPERATURE if self.temperature is None else float(self.temperature),
             self.weights or "distance",

@@ -21,15 +21,17 @@ class Rows:
         shape: the matrix's ``(V, d)``.
     """
 
-    def __init__(self, tensor: Tensor | Array) -> None:
+    def __init__(self, tensor: Tensor | Array, centre: Array | None = None) -> None:
         """Stand for a matrix.
 
         Args:
             tensor: ``[V, d]`` of any floating dtype; or an array, for what was made in Python.
+            centre: ``[d]``: what is subtracted from every row.
 
         Raises:
             CheckpointError: if it has not two axes, or holds no floating-point numbers.
         """
+        self._centre = centre
         self._tensor = tensor if isinstance(tensor, Tensor) else ArrayTensor("an array", tensor)
         if len(self._tensor.shape) != 2:
             raise CheckpointError(f"{self._tensor.name}: expected rows of tokens, [V, d]; found {self._tensor.shape}")
@@ -74,7 +76,7 @@ class Rows:
                     f"{self._tensor.name}: row {row:,} holds values that are infinite or no numbers; nothing can be "
                     "computed from it. Repair the checkpoint, or leave this token out"
                 )
-            result[order[start:stop]] = found
+            result[order[start:stop]] = found if self._centre is None else found - self._centre
             start = stop
         return result
 

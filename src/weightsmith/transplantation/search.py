@@ -18,6 +18,7 @@ from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.engine.progress import ProgressListener
 from weightsmith.tokenizer.matching import Numbers
 from weightsmith.transplantation.combination import Combinations, Progress
+from weightsmith.transplantation.gaussian import mean_of
 from weightsmith.transplantation.neighbours import nearest_neighbours
 from weightsmith.transplantation.pursuit import MEMORY, matching_pursuit
 from weightsmith.transplantation.recipe import Way
@@ -133,7 +134,9 @@ class Search:
             return self._found
 
     def _look(self, threads: int | None, memory: int | None, listener: ProgressListener | None) -> Combinations:
-        way, rows = self._way, Rows(self.tensor)
+        way = self._way
+        centre = mean_of(Rows(self.tensor), self._shared.donor) if way.centred else None
+        rows = Rows(self.tensor, centre)
         each = self.tensor.shape[1] * self.tensor.dtype.itemsize
         progress: Progress | None = None if listener is None else lambda count: listener.advance(count * each)
         anchors, targets = self._shared.donor, self.targets

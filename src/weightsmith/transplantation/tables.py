@@ -52,9 +52,11 @@ class Table:
         Raises:
             CheckpointError: if a row is not finite.
         """
-        if self.is_bias:
-            return Rows(self.tensor.numpy().reshape(-1, 1)).take(numbers)
-        return Rows(self.tensor).take(numbers)
+        return self.all_rows().take(numbers)
+
+    def all_rows(self) -> Rows:
+        """Return its rows by number: ``[V, width]``."""
+        return Rows(self.tensor.numpy().reshape(-1, 1) if self.is_bias else self.tensor)
 
 
 def find_tables(model: Checkpoint, tokens: int) -> list[Table]:
