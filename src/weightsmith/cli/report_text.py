@@ -328,6 +328,11 @@ def _merged(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
         yield paragraph(
             f"{printable(made.path)}: {files}; by weightsmith {printable(made.version)} ({made.arithmetic}){when}", 2
         )
+        if made.run is not None:
+            run = made.run
+            before = f"; {run.resumed:,} of {run.tensors:,} tensors by a run before" if run.resumed else ""
+            told = f"{run.seconds:,.1f} s with {counted(run.threads, 'thread')}{before}"
+            yield paragraph(f"merged in {told}; {size(run.bytes_read)} read, {size(run.bytes_written)} written", 2)
         for state, text in (("missing", "is no longer there"), ("changed", "was changed since")):
             names = [printable(one.path) for one in made.inputs if one.state == state]
             if names:

@@ -31,6 +31,7 @@ from weightsmith.engine.progress import ProgressListener
 from weightsmith.engine.threads import default_threads
 from weightsmith.errors import CheckpointError, OutputError
 from weightsmith.plan.provenance import describe, files_of, hash_inputs, write_into_header, write_manifest
+from weightsmith.plan.run_record import RunRecord
 
 # How diffusers names the weights of its own models.
 _DIFFUSERS = "diffusion_pytorch_model"
@@ -41,7 +42,10 @@ class Output(Checkpoint):
 
     Attributes:
         warnings: what a person should know before saving it.
+        records_runs: whether a folder says how long it took to make.
     """
+
+    records_runs = False
 
     def __init__(
         self,
@@ -257,6 +261,10 @@ class Output(Checkpoint):
                     write_indexes(plan, staging.content)
                     notes += self.write_beside(staging.content, plan)
                     write_manifest(plan, staging.content, manifest)
+                    if self.records_runs:
+                        seconds = round(time.monotonic() - started, 3)
+                        total, nbytes = len(plan.tasks), plan.bytes_written
+                        RunRecord(seconds, plan.bytes_read, nbytes, count, total, resumed).write(staging.content)
             staging.publish()
         return Summary(
             target=Path(os.path.abspath(target)),

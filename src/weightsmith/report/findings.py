@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from weightsmith.plan.run_record import RunRecord
+
 # The number in every JSON report. It grows when a field changes its meaning or goes; new fields do not change it.
 FORMAT = 1
 # Shares of the entries of each tensor that overlaps of the largest are taken at.
@@ -550,8 +552,8 @@ class Merged:
         path: the folder or file.
         version: the version of weightsmith that wrote it.
         arithmetic: what computed it: ``numpy`` or ``torch``.
-        written: when its manifest was written, UTC, ISO 8601; empty where that is not known. How long the merge took
-            is not: a merge writes the same bytes every time, and a duration would differ.
+        written: when its manifest was written, UTC, ISO 8601; empty where that is not known.
+        run: how long the merge took; None where that was not kept: in a single file of weights, say.
         files: its files of weights -> their bytes.
         inputs: the files that it was made from.
     """
@@ -562,6 +564,7 @@ class Merged:
     written: str
     files: Mapping[str, int]
     inputs: tuple[InputFile, ...]
+    run: RunRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
 from weightsmith.checkpoint.storage import is_url
 from weightsmith.errors import ReportError, WeightsmithError
 from weightsmith.plan.compile import compile_recipe
+from weightsmith.plan.run_record import RunRecord
 from weightsmith.recipe.dump import to_yaml
 from weightsmith.recipe.load import load_recipe
 from weightsmith.recipe.schema import Merge, Recipe
@@ -178,6 +179,7 @@ def _of_merged(path: Path, manifest: Manifest) -> Inputs:
         written=_written(path),
         files={file: (folder / file).stat().st_size for file in files if (folder / file).exists()},
         inputs=tuple(InputFile(one.path, one.size, _state(one)) for one in manifest.inputs),
+        run=RunRecord.read(path) if path.is_dir() else None,
     )
     notes += [f"{one.path} was changed since it was merged" for one in merged.inputs if one.state == "changed"]
     if _restacks(recipe):

@@ -98,6 +98,15 @@ function wholeResult(data) {
   return titled("Over the whole model", about, heads, rows);
 }
 
+/** @param {NonNullable<Data["merged"]>["run"]} run */
+function took(run) {
+  if (!run) return [];
+  const before = run.resumed ? `; ${run.resumed} of ${run.tensors} tensors had been written by a run before` : "";
+  const threads = run.threads === 1 ? "1 thread" : `${run.threads} threads`;
+  const moved = `${say(run.bytes_read, "bytes")} read, ${say(run.bytes_written, "bytes")} written`;
+  return [element("p", {}, `It took ${say(run.seconds, "seconds")} with ${threads}${before}; ${moved}.`)];
+}
+
 /** @param {Data} data */
 function folder(data) {
   const known = data.merged;
@@ -105,6 +114,7 @@ function folder(data) {
   const written = known.written ? `, ${known.written.replace("T", " ").replace("+00:00", " UTC")}` : "";
   return [
     element("p", {}, `${known.path} was written by weightsmith ${known.version} (${known.arithmetic})${written}.`),
+    ...took(known.run),
     titled(
       "Files of the result",
       "",

@@ -139,6 +139,14 @@ interface Data {
     written: string;
     files: { [name: string]: number };
     inputs: { path: string; nbytes: number; state: string }[];
+    run: null | {
+      seconds: number;
+      bytes_read: number;
+      bytes_written: number;
+      threads: number;
+      tensors: number;
+      resumed: number;
+    };
   };
   sampling: { statistic: string; rule: string; looked_at: number; of: number; unit: string }[];
   timings: { stage: string; seconds: number; nbytes: number }[];
