@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith import __version__, dtypes
-from weightsmith.checkpoint.folder import RUN_FILE, open_weights
+from weightsmith.checkpoint.folder import open_weights
 from weightsmith.checkpoint.layout import make_header
 from weightsmith.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -278,7 +278,7 @@ class _Verifying:
                 self._say(file, None, _without_path(error, self.folder / file))
             except OSError as error:
                 self._say(file, None, f"it cannot be read: {error.strerror}")
-        known = {*self.manifest.files, *weights, MANIFEST_FILE, RUN_FILE}
+        known = {*self.manifest.files, *weights, MANIFEST_FILE}
         found = sorted(
             path.relative_to(self.folder).as_posix()
             for path in self.folder.rglob("*")

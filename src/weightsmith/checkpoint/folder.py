@@ -34,8 +34,6 @@ from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 BUNDLE_FILE = "weightsmith-bundle.json"
 # What a transplant of a tokenizer did: not true of what is made of its result.
 REPORT_FILE = "transplant-report.json"
-# How long a merge took: no part of its result.
-RUN_FILE = "weightsmith-run.json"
 # And by this one a diffusers pipeline.
 PIPELINE_FILE = "model_index.json"
 # Files of a training run that hold no model.
@@ -53,7 +51,6 @@ _WEIGHT_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
 _NOT_COMPANIONS = {
     "config.json",
     REPORT_FILE,
-    RUN_FILE,
     "adapter_config.json",
     "trainer_state.json",
     "training_args.json",

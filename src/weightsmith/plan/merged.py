@@ -44,8 +44,6 @@ class LazyCheckpoint(Output):
         beside: what is written beside the weights.
     """
 
-    records_runs = True
-
     def __init__(
         self,
         name: str,

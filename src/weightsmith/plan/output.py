@@ -17,7 +17,7 @@ from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion
 from weightsmith.checkpoint.gathered import GatheredRows
 from weightsmith.checkpoint.layout import DEFAULT_SHARD_SIZE, Part, lay_out
-from weightsmith.checkpoint.manifest import MANIFEST_KEY, hash_texts
+from weightsmith.checkpoint.manifest import MANIFEST_FILE, MANIFEST_KEY, hash_texts
 from weightsmith.checkpoint.staging import Staging, check_target, resolve_target, settle
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
@@ -42,10 +42,7 @@ class Output(Checkpoint):
 
     Attributes:
         warnings: what a person should know before saving it.
-        records_runs: whether a folder says how long it took to make.
     """
-
-    records_runs = False
 
     def __init__(
         self,
@@ -261,10 +258,9 @@ class Output(Checkpoint):
                     write_indexes(plan, staging.content)
                     notes += self.write_beside(staging.content, plan)
                     write_manifest(plan, staging.content, manifest)
-                    if self.records_runs:
-                        seconds = round(time.monotonic() - started, 3)
-                        total, nbytes = len(plan.tasks), plan.bytes_written
-                        RunRecord(seconds, plan.bytes_read, nbytes, count, total, resumed).write(staging.content)
+                seconds = round(time.monotonic() - started, 3)
+                record = RunRecord(seconds, plan.bytes_read, plan.bytes_written, count, len(plan.tasks), resumed)
+                record.attach(staging.content / (path.name if single else MANIFEST_FILE))
             staging.publish()
         return Summary(
             target=Path(os.path.abspath(target)),

@@ -1,18 +1,20 @@
-"""How long a merge took: kept beside the result and no part of it, for the result is the same bytes every time."""
+"""How long a run took: an attribute of a file of the result, and no byte of it.
+
+A result is the same bytes every time, and a duration would differ. File systems keep attributes beside a file's
+content, and through renaming it; copies may lose them, and some systems have none: the record is for people, and may be
+missing.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from weightsmith.checkpoint.folder import RUN_FILE
-from weightsmith.checkpoint.json_text import parse_object
-from weightsmith.checkpoint.storage import read_whole
-from weightsmith.errors import CheckpointError
-
-_LARGEST = 10_000
+_ATTRIBUTE = "user.weightsmith.run"
+_LARGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -35,30 +37,26 @@ class RunRecord:
     tensors: int
     resumed: int
 
-    def write(self, folder: Path) -> None:
-        """Write it into a finished output.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-        (folder / RUN_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+    def attach(self, file: Path) -> None:
+        """Attach it to a file, where its file system keeps attributes."""
+        if hasattr(os, "setxattr"):
+            with suppress(OSError):
+                os.setxattr(file, _ATTRIBUTE, json.dumps(asdict(self)).encode())
 
     @classmethod
-    def read(cls, folder: Path) -> RunRecord | None:
-        """Return the record of a folder, or None where it has none that can be understood: it is for people alone."""
+    def of(cls, file: Path) -> RunRecord | None:
+        """Return the record of a file, or None where it has none that can be understood."""
+        if not hasattr(os, "getxattr"):
+            return None
         try:
-            content = parse_object(read_whole(str(folder / RUN_FILE), _LARGEST), RUN_FILE)
-        except CheckpointError:
+            text = os.getxattr(file, _ATTRIBUTE)
+            content = json.loads(text) if len(text) <= _LARGEST else None
+        except (OSError, ValueError, RecursionError):
+            return None
+        if not isinstance(content, dict):
             return None
         seconds, *counts = (content.get(name) for name in cls.__dataclass_fields__)
-        whole = [_count(value) for value in counts]
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e12:
             return None
-        read, written, threads, tensors, resumed = whole
-        if read is None or written is None or threads is None or tensors is None or resumed is None:
-            return None
-        return cls(float(seconds), read, written, threads, tensors, resumed)
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < 1 << 62 else None
+        whole = [value for value in counts if type(value) is int and 0 <= value < 1 << 62]
+        return cls(float(seconds), *whole) if len(whole) == len(counts) else None

@@ -553,7 +553,8 @@ class Merged:
         version: the version of weightsmith that wrote it.
         arithmetic: what computed it: ``numpy`` or ``torch``.
         written: when its manifest was written, UTC, ISO 8601; empty where that is not known.
-        run: how long the merge took; None where that was not kept: in a single file of weights, say.
+        run: how long the merge took; None where that is not known: the folder was copied, or its file system keeps no
+            attributes of files.
         files: its files of weights -> their bytes.
         inputs: the files that it was made from.
     """

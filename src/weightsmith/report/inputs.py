@@ -179,7 +179,7 @@ def _of_merged(path: Path, manifest: Manifest) -> Inputs:
         written=_written(path),
         files={file: (folder / file).stat().st_size for file in files if (folder / file).exists()},
         inputs=tuple(InputFile(one.path, one.size, _state(one)) for one in manifest.inputs),
-        run=RunRecord.read(path) if path.is_dir() else None,
+        run=RunRecord.of(path / MANIFEST_FILE if path.is_dir() else path),
     )
     notes += [f"{one.path} was changed since it was merged" for one in merged.inputs if one.state == "changed"]
     if _restacks(recipe):
