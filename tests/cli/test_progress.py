@@ -29,7 +29,7 @@ def test_lines_tell_bytes_tensors_rate_and_time_left():
     stream = io.StringIO()
     feed(Lines(stream, every=0.0))
     first, second = stream.getvalue().splitlines()
-    assert first.startswith("0.00 of 0.00 GB, 0 tensors, ")
+    assert first.startswith("0.50 of 1.00 kB, 0 tensors, ")
     assert second.endswith("0 s left")
 
 

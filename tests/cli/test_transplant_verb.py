@@ -67,6 +67,15 @@ def test_a_dry_run_plans_and_searches_nothing(run, pair, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_as_json_is_one_document(run, pair, tmp_path):
+    code, out, err = run("transplant", *pair, tmp_path / "out", "-k", 6, "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["tables"][0]["residual"] is None
+    assert found["plan"]["peak_memory"] > 0
+    assert [entry["shape"] for entry in found["plan"]["tensors"] if entry["name"] == "lm_head.weight"] == [[400, 8]]
+
+
 def test_progress_tells_of_the_search_and_of_the_writing(run, pair, tmp_path):
     code, _, err = run("transplant", *pair, tmp_path / "out", "-k", 6, "--json-log")
     lines = [json.loads(line) for line in err.splitlines()]

@@ -403,6 +403,27 @@ def test_models_of_different_width_have_no_common_vocabulary(models):
         ws.merge("linear", [a, b], weight=0.5, tokenizer_source="union")
 
 
+def test_without_a_tokenizer_vocabularies_of_other_lengths_are_refused_with_the_way_out(models):
+    a, b = models.add("a", A), models.add("b", B)
+    with pytest.raises(PlanError, match=r"tokenizer_source: union brings them to one vocabulary"):
+        ws.merge("linear", [a, b], weight=0.5)
+    with pytest.raises(PlanError, match=r"'unoin' is neither union, .* \(did you mean 'union'\?\)"):
+        ws.merge("linear", [a, b], weight=0.5, tokenizer_source="unoin")
+
+
+def test_tokens_that_the_result_lacks_are_counted_where_others_have_one_row_together(models):
+    letter, byte = "A", "<0x41>"
+    tokens = {"<s>": 0, "</s>": 1, letter: 2, byte: 3}
+    a, b = models.add("a", tokens), models.add("b", ["<s>", "</s>", letter, "\u0120\u00e2"])
+    content = json.loads((Path(a) / "tokenizer.json").read_text())
+    content["model"]["byte_fallback"] = True
+    content["pre_tokenizer"] = content["decoder"] = None
+    (Path(a) / "tokenizer.json").write_text(json.dumps(content))
+    # Both A and <0x41> take b's row of A; half a character that b has is no token of a's kind of tokenizer.
+    merged = ws.merge("linear", [a, b], weight=0.5, tokenizer_source="union")
+    assert f"1 tokens of {b} are none of the result's" in merged.warnings
+
+
 def test_a_tokenizer_that_is_not_the_model_s_is_refused(models):
     a, b = models.add("a", A), models.add("b", B)
     write_tokenizer(b, {"<s>": 0, "far": 60_000_000})

@@ -231,7 +231,7 @@ def test_config_and_tokenizer_come_from_the_base_or_from_whom_the_recipe_names(w
     assert sources(ws.average([b, a])) == ("b", "b", "b")
     assert sources(ws.merge("linear", [b], a, weight=1.0)) == ("a", "a", "a")
     assert sources(ws.merge("slerp", [b], a, t=0.1, tokenizer_source=str(b))) == ("a", "b", "a")
-    with pytest.raises(PlanError, match="none of the models that are merged"):
+    with pytest.raises(PlanError, match="nor one of the models that are merged"):
         ws.merge("slerp", [b], a, t=0.1, tokenizer_source="c")
     assert any("numbers 1 of" in text for text in ws.average([a, b]).warnings)
 

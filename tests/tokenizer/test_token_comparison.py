@@ -57,6 +57,18 @@ def test_added_tokens_are_added_and_no_number_changes(gpt, tmp_path):
     assert "A adds 2 tokens to B" in back.verdict
 
 
+def test_models_of_other_widths_are_not_advised_to_be_merged(tmp_path):
+    for name, width, make in (("a", 4, trained.byte_bpe), ("b", 6, trained.metaspace_bpe)):
+        trained.save(make(), tmp_path / name)
+        rows = np.zeros((make().get_vocab_size(), width), np.float32)
+        safetensors.numpy.save_file({"model.embed_tokens.weight": rows}, tmp_path / name / "model.safetensors")
+    found = ws.compare_tokenizers(tmp_path / "a", tmp_path / "b")
+    assert (found.a.width, found.b.width) == (4, 6)
+    assert "Rows of A's model have 4 elements and those of B's 6, so that they cannot be merged." in found.verdict
+    assert "weightsmith transplant" in found.verdict
+    assert "union" not in found.verdict
+
+
 def test_tokens_under_other_numbers_are_told_with_both(gpt, tmp_path):
     def swap(content):
         vocabulary = content["model"]["vocab"]

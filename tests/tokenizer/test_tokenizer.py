@@ -9,6 +9,7 @@ import pytest
 
 from weightsmith.errors import CheckpointError, PlanError
 from weightsmith.tokenizer.chat_template import BUILT_IN, choose_template, read_template
+from weightsmith.tokenizer.facts import open_tokenizer
 from weightsmith.tokenizer.tokenizer import read_tokenizer
 
 TURNS = [
@@ -101,6 +102,16 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, content):
         read_tokenizer({"tokenizer.json": tmp_path / "tokenizer.json"}, "m")
     assert read_tokenizer({}, "m") is None
     assert json.dumps(content)
+
+
+def test_what_a_file_lacks_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"vocab_size": 3}')
+    with pytest.raises(CheckpointError, match=r"config.json is not a tokenizer.json .*: it has no 'model'$"):
+        open_tokenizer(path)
+    (tmp_path / "tekken_1.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"^.*tekken_1.json is a tokenizer in the form of tiktoken"):
+        open_tokenizer(tmp_path / "tekken_1.json")
 
 
 def test_a_template_that_is_no_text_is_refused_by_name(tmp_path):

@@ -29,6 +29,11 @@ def is_head_bias(name: str) -> bool:
     return _BIAS.search(name) is not None
 
 
+def is_token_table(name: str) -> bool:
+    """Whether a matrix of this name has a row for every token: embeddings, or a head."""
+    return is_head(name) or (role(name) == "embedding" and not is_position_table(name))
+
+
 def vocabulary_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokens: int) -> dict[str, int]:
     """Return embeddings, head and the head's bias -> the axis that counts tokens.
 
@@ -48,10 +53,6 @@ def vocabulary_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any],
         if is_head_bias(name) and shape and fits(shape[-1]):
             # BART's is [1, vocabulary].
             found[name] = len(shape) - 1
-        elif len(shape) == 2 and fits(shape[0]) and _is_table(name):
+        elif len(shape) == 2 and fits(shape[0]) and is_token_table(name):
             found[name] = 0
     return found
-
-
-def _is_table(name: str) -> bool:
-    return is_head(name) or (role(name) == "embedding" and not is_position_table(name))

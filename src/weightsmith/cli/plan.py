@@ -42,14 +42,19 @@ def command(
         show_plan(plan, threads=threads, memory=memory, as_json=as_json, tensors=tensors)
 
 
-def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: bool, tensors: bool) -> None:
-    """Print a plan."""
+def planned(plan: Plan, *, threads: int | None, memory: int | None, tensors: bool) -> tuple[dict[str, Any], int]:
+    """Return a plan as JSON values, and the number of threads that its memory is estimated for."""
     from weightsmith.engine.threads import default_threads
 
     count = threads or default_threads()
     if memory is not None:
         count = plan.threads_within(memory, count)
-    content = plan.to_json(count, memory=memory, tensors=as_json or tensors)
+    return plan.to_json(count, memory=memory, tensors=tensors), count
+
+
+def show_plan(plan: Plan, *, threads: int | None, memory: int | None, as_json: bool, tensors: bool) -> None:
+    """Print a plan."""
+    content, count = planned(plan, threads=threads, memory=memory, tensors=as_json or tensors)
     if as_json:
         click.echo(json.dumps(content, indent=2))
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsmith.cli.merge import save, saving_options
+from weightsmith.cli.plan import planned
 from weightsmith.cli.terminal import printable
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ _WORST = 5
     "they come.",
 )
 @saving_options
-@click.option("--json", "as_json", is_flag=True, help="Print what became of the tokens as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print what became of the tokens as JSON; with --dry-run the plan too."
+)
 def command(
     model: str,
     donor: str,
@@ -161,6 +164,11 @@ def command(
             _show_comparison(tried)
         return
     assert target is not None
+    if dry_run and as_json:
+        # One document: a plan as text before it could be read by no program.
+        plan, _ = planned(made.plan(shard_size=shard_size), threads=threads, memory=memory, tensors=True)
+        click.echo(json.dumps({**made.report(search=False).to_json(), "plan": plan}, indent=2))
+        return
     save(
         made,
         target,

@@ -9,6 +9,7 @@ import time
 from typing import Any, Protocol, TextIO
 
 _LINE_EVERY = 5.0
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 class ProgressListener(Protocol):
@@ -107,9 +108,11 @@ class Lines(_Counting):
     def _text(self) -> str:
         left = self.seconds_left
         remaining = f", {left:.0f} s left" if left is not None else ""
+        # In the unit of the whole: of what is small, gigabytes tell nothing.
+        factor, unit = next((one for one in _UNITS if self.total >= one[0]), _UNITS[-1])
         return (
-            f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {self.finished} tensors, "
-            f"{self.rate / 1e9:.2f} GB/s{remaining}"
+            f"{self.done / factor:.2f} of {self.total / factor:.2f} {unit}, {self.finished} tensors, "
+            f"{self.rate / factor:.2f} {unit}/s{remaining}"
         )
 
 

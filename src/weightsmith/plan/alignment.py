@@ -217,8 +217,8 @@ def _source(asked: Asked, recipe: Merge, models: Sequence[Model], vocabularies: 
         names = [model.reference for model in models]
         if asked.source not in names:
             raise PlanError(
-                f"tokenizer_source {asked.source!r} is none of the models that are merged"
-                f"{did_you_mean(asked.source, names)}: {', '.join(names)}"
+                f"tokenizer_source {asked.source!r} is neither union, nor base, nor one of the models that are merged"
+                f"{did_you_mean(asked.source, ['union', 'base', *names])}: {', '.join(names)}"
             )
         wanted = models[names.index(asked.source)]
     for one in vocabularies:
@@ -243,10 +243,11 @@ def _statistics(
     if padded == len(rows.source) and all(rows.unchanged(one, number) for number, one in enumerate(vocabularies)):
         return []
     added = len(tokens) - len(source.tokenizer.tokens)
-    first = f"{len(source.tokenizer.tokens)} of {source.model.reference}" + (f" and {added} more" if added else "")
-    text = f"vocabulary: {len(tokens)} tokens ({first}), of which all models have {np.count_nonzero(present.all(0))}"
+    first = f"{len(source.tokenizer.tokens):,} of {source.model.reference}" + (f" and {added:,} more" if added else "")
+    shared = np.count_nonzero(present.all(0))
+    text = f"vocabulary: {len(tokens):,} tokens ({first}), of which all models have {shared:,}"
     if padded > len(tokens):
-        text += f", in {padded} rows"
+        text += f", in {padded:,} rows"
     notes = [text]
     taken, forced = rows.source[tokens], rows.forced[tokens]
     for number, one in enumerate(vocabularies):
@@ -254,11 +255,12 @@ def _statistics(
         names = {place: f"from {other.model.reference}" for place, other in enumerate(vocabularies)}
         names |= {MEAN: "as means", ZERO: "as zeros"}
         counts = {kind: np.count_nonzero(lacking & (taken == kind)) for kind in names}
-        parts = [f"{found} {names[kind]}" for kind, found in counts.items() if found]
+        parts = [f"{found:,} {names[kind]}" for kind, found in counts.items() if found]
         if parts:
             own = np.count_nonzero(~lacking)
-            notes.append(f"{one.model.reference} has {own} of them, and takes {', '.join(parts)}")
-        left = len(one.tokenizer.tokens) - np.count_nonzero(present[number])
-        if left > 0:
-            notes.append(f"{left} tokens of {one.model.reference} are none of the result's")
+            notes.append(f"{one.model.reference} has {own:,} of them, and takes {', '.join(parts)}")
+        # Several tokens of the result may have one row of the model: <0x41> and A.
+        left = len(set(one.tokenizer.tokens).difference(rows.own[number, tokens].tolist()))
+        if left:
+            notes.append(f"{left:,} tokens of {one.model.reference} are none of the result's")
     return notes

@@ -7,6 +7,7 @@ from typing import Any
 
 from weightsmith import dtypes
 from weightsmith.architecture.config import is_head
+from weightsmith.architecture.vocabulary import is_token_table
 from weightsmith.checkpoint.tensor import Tensor
 from weightsmith.dtypes import DType
 from weightsmith.engine.expression import Computed, Group
@@ -105,6 +106,11 @@ class Maker:
                     " (where the vocabulary differs, from the model whose tokenizer the result takes); pad completes "
                     "the shorter with rows of zeros, crop cuts all to the shortest"
                 )
+                if self._recipe.asked_tokenizer is None and is_token_table(slot.name):
+                    ways_out = (
+                        "where their tokenizers differ, tokenizer_source: union brings them to one vocabulary, token "
+                        f"by token; {ways_out}"
+                    )
             raise PlanError(
                 way.named(
                     f"{slot.name} is {text}{_more(self._misshapen)}; models of different shape cannot be merged "

@@ -59,6 +59,7 @@ def _place(location: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+_MAPPINGS = {"dict_type", "model_type", "model_attributes_type"}
 _FORMS = {"Condition", "Scope", "TokenSource", "str", "bool", "int", "float"}
 
 
@@ -82,7 +83,8 @@ def _sentence(entry: Any) -> str:
         return f"{prefix}is {shown(found)}{did_you_mean(str(found), allowed)}; it takes one of {', '.join(allowed)}"
     if kind in _EXPECTED:
         seen = "" if kind == "missing" else f", and is {shown(found)}"
-        return f"{prefix}{_EXPECTED[kind]}{seen}"
+        keys = f" ({', '.join(_keys_at(place))})" if kind in _MAPPINGS and str(place[-1]) in _HOLDERS else ""
+        return f"{prefix}{_EXPECTED[kind]}{keys}{seen}"
     return f"{prefix}is {shown(found)}: {entry['msg'][:1].lower()}{entry['msg'][1:]}"
 
 

@@ -265,6 +265,8 @@ def _warnings(a: TokenizerFacts, b: TokenizerFacts) -> Iterator[str]:
 
 
 def _verdict(a: TokenizerFacts, b: TokenizerFacts, groups: Mapping[str, Tokens], differences: tuple[str, ...]) -> str:
+    if a.width is not None and b.width is not None and a.width != b.width:
+        return _verdict_of_widths(a, b, groups)
     same, moved, renamed, only_a, only_b = (
         groups[name].count for name in ("same", "renumbered", "renamed", "only_a", "only_b")
     )
@@ -292,14 +294,28 @@ def _verdict(a: TokenizerFacts, b: TokenizerFacts, groups: Mapping[str, Tokens],
             f"{side} has all tokens of {other}, some under other numbers, and {count:,} more: merge with tokenizer: "
             "{source: union}, which puts the rows in order."
         )
-    shared = same + moved + renamed
-    share = shared / max(a.tokens, 1)
     way = (
         "merge with tokenizer: {source: union}, or give one model the tokenizer of the other with weightsmith "
         "transplant and merge then"
     )
     kinds = "" if (a.kind, a.alphabet) == (b.kind, b.alphabet) else "are of different kinds and "
-    return f"They {kinds}share {shared:,} tokens, {share:.0%} of A's and {shared / max(b.tokens, 1):.0%} of B's: {way}."
+    return f"They {kinds}share {_shared(same + moved + renamed, a, b)}: {way}."
+
+
+def _shared(count: int, a: TokenizerFacts, b: TokenizerFacts) -> str:
+    return f"{count:,} tokens, {count / max(a.tokens, 1):.0%} of A's and {count / max(b.tokens, 1):.0%} of B's"
+
+
+def _verdict_of_widths(a: TokenizerFacts, b: TokenizerFacts, groups: Mapping[str, Tokens]) -> str:
+    """Say what can be done with models whose rows cannot stand in each other."""
+    widths = f"Rows of A's model have {a.width:,} elements and those of B's {b.width:,}, so that they cannot be merged"
+    if any(groups[name].count for name in ("renumbered", "renamed", "only_a", "only_b")):
+        shared = _shared(sum(groups[name].count for name in ("same", "renumbered", "renamed")), a, b)
+        return (
+            f"{widths}. The tokenizers share {shared}: weightsmith transplant gives one model the tokenizer of the "
+            "other."
+        )
+    return f"{widths}; their tokens are the same, under the same numbers."
 
 
 def _listed(tokens: Iterable[str], most: int = 8) -> str:

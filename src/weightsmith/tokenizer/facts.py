@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.architecture.config import row_counts
-from weightsmith.architecture.vocabulary import vocabulary_tensors
+from weightsmith.architecture.vocabulary import is_token_table, vocabulary_tensors
 from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions, File
 from weightsmith.checkpoint.companions import LARGEST_SETTINGS, read_companion, tokenizer_files
@@ -41,6 +41,7 @@ class Opened:
         generation: its ``generation_config.json``; empty where there is none.
         chat_template: its chat template, or None.
         rows: how many tokens the model's embeddings have rows for, or its config says so; None where neither tells.
+        width: how many elements a row of its embeddings has; None where there are none.
     """
 
     tokenizer: Tokenizer
@@ -48,6 +49,7 @@ class Opened:
     generation: Mapping[str, Any]
     chat_template: str | None
     rows: int | None
+    width: int | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class TokenizerFacts:
         tokens: how many tokens it has.
         size: how many rows of embeddings their numbers need.
         rows: how many rows the model beside it has; None where there is none.
+        width: how many elements each of these has; None where there are none.
         added: how many of its tokens were added.
         special: the special tokens, by number.
         roles: role -> its token and its number; None for a token that the vocabulary lacks.
@@ -80,6 +83,7 @@ class TokenizerFacts:
     tokens: int
     size: int
     rows: int | None
+    width: int | None
     added: int
     special: tuple[str, ...]
     roles: Mapping[str, tuple[str, int | None]]
@@ -129,12 +133,14 @@ def open_tokenizer(source: Source) -> Opened:
     config = checkpoint.config
     tables = vocabulary_tensors(checkpoint, config, tokenizer.size)
     rows = [checkpoint[name].shape[axis] for name, axis in tables.items()]
+    widths = [checkpoint[name].shape[1] for name in tables if is_token_table(name)]
     return Opened(
         tokenizer,
         config,
         _generation(files),
         read_template(files),
         max(rows) if rows else max(row_counts(config), default=None),
+        widths[0] if widths else None,
     )
 
 
@@ -165,6 +171,7 @@ def tokenizer_facts(source: Source | Opened) -> TokenizerFacts:
         tokens=len(tokenizer.tokens),
         size=tokenizer.size,
         rows=opened.rows,
+        width=opened.width,
         added=len(tokenizer.added),
         special=tuple(special),
         roles={role: (token, tokenizer.vocabulary.get(token)) for role, token in tokenizer.roles.items()},

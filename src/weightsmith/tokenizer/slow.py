@@ -241,9 +241,9 @@ def _unknown_class(owner: str, file: str, name: str | None) -> str:
 
 
 def _refuse_tiktoken(files: Mapping[str, File], owner: str) -> None:
-    for name in files:
+    for name, file in files.items():
         if name == "tekken.json" or name.endswith(".tiktoken"):
-            raise CheckpointError(_tiktoken(f"{name} of {owner}"))
+            raise CheckpointError(_tiktoken(shown_part(file, owner, name)))
 
 
 def _tiktoken(where: str) -> str:

@@ -234,7 +234,10 @@ def parse_tokenizer(text: bytes, where: str) -> dict[str, Any]:
         if model.get("vocab") and not isinstance(model["vocab"], form):
             raise TypeError("Unigram's vocabulary is a list, and that of other kinds a mapping")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not a tokenizer of the tokenizers library: {repr(error)[:200]}") from error
+        told = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200]
+        raise CheckpointError(
+            f"{where} is not a tokenizer.json as the tokenizers library writes it, with a model and its vocab: {told}"
+        ) from error
     assert isinstance(content, dict)
     return content
 

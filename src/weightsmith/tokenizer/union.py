@@ -185,12 +185,12 @@ def _take_foreign(growing: _Growing, other: Tokenizer, rows: int) -> list[str]:
     if taken:
         notes.append(
             f"{other.owner} splits text in another way than {known.owner} ({other.kind}, {other.alphabet}; "
-            f"{known.kind}, {known.alphabet}): {len(taken)} of its tokens ({_some(taken)}) are added whole, and are "
+            f"{known.kind}, {known.alphabet}): {len(taken):,} of its tokens ({_some(taken)}) are added whole, and are "
             "cut out of every text before it is split, so that text is split in other places than either model saw"
         )
     if lost:
         notes.append(
-            f"{len(lost)} tokens of {other.owner} ({_some(lost)}) stand for no text that {known.owner}'s kind of "
+            f"{len(lost):,} tokens of {other.owner} ({_some(lost)}) stand for no text that {known.owner}'s kind of "
             "tokenizer could find, and are left out"
         )
     return notes
@@ -209,7 +209,7 @@ def _differences(first: Tokenizer, other: Tokenizer) -> Iterator[str]:
     for one in (first, other):
         twice = len(one.vocabulary) - len(one.tokens)
         if twice:
-            yield f"{one.owner} has {twice} numbers that stand for two tokens; the row is that of the added one"
+            yield f"{one.owner} has {twice:,} numbers that stand for two tokens; the row is that of the added one"
 
 
 def _scores(tokenizer: Tokenizer) -> Iterator[tuple[str, float]]:
@@ -244,5 +244,5 @@ def _joined(own: list[Any], merges: Sequence[tuple[str, str]]) -> list[Any]:
 
 
 def _some(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    more = f" and {len(texts) - _SHOWN:,} more" if len(texts) > _SHOWN else ""
     return ", ".join(map(shown, texts[:_SHOWN])) + more

@@ -159,7 +159,8 @@ class Layout:
 
     def notes(self) -> list[str]:
         """Return what a person should know."""
-        found = [*self.own.notes, *self.new.notes]
+        both = (self.own, self.new)
+        found = [f"the tokenizer of {one.owner} is {note}" for one in both for note in one.notes]
         if self.same:
             return [*found, f"{self.own.owner} has these tokens already, under the same numbers: no row is made"]
         for made in self.tables:

@@ -80,7 +80,7 @@ def find_tables(model: Checkpoint, tokens: int) -> list[Table]:
     if all(table.is_bias or is_head(table.tensor.name) for table in tables):
         raise PlanError(
             f"{model.name} has no embeddings of tokens that could be made anew: expected a matrix with "
-            f"{_expected(model.config, tokens)} rows, such as model.embed_tokens.weight"
+            f"{_expected(model.config, tokens)}, such as model.embed_tokens.weight"
         )
     return tables
 
@@ -127,4 +127,4 @@ def check_floating(owner: Checkpoint, tensor: Tensor) -> None:
 
 def _expected(config: Mapping[str, Any], tokens: int) -> str:
     rows = config.get("vocab_size")
-    return f"{rows:,}" if type(rows) is int else f"at least {tokens:,}"
+    return f"{rows:,} rows, the vocab_size of its config" if type(rows) is int else f"at least {tokens:,} rows"
