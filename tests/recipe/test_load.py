@@ -213,6 +213,7 @@ def test_recipes_that_would_grow_are_refused_in_seconds_and_little_memory():
         ("x: !!set [1]\n", "not YAML that a recipe may hold"),
         ("x: 2001-99-99\n", "not YAML that a recipe may hold"),
         ("a [: 1\n" + LINEAR, r"unknown key 'a \['"),
+        (LINEAR + "tokenizer: {tokens: {'': {}}}\n", "tokenizer.tokens"),
         (LINEAR + "tokenizer: union\n", r"tokenizer must be a mapping of keys \(source, tokens, pad_to_multiple_of\)"),
         (LINEAR + "steps: [1]\n---\nname: x\n" + LINEAR, "steps must be a mapping"),
     ],

@@ -728,6 +728,24 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(tmp_path, pair):
         transplant(llama(tmp_path / "less", trained.byte_bpe(), rows=16, config={"vocab_size": 17}), donor)
 
 
+def test_a_stray_number_does_not_decide_how_many_rows_there_are(tmp_path, pair):
+    model, donor = pair
+    content = json.loads((donor / "tokenizer.json").read_text())
+    content["model"]["vocab"]["far"] = 60_000_000
+    alone = tmp_path / "tokenizer.json"
+    alone.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="numbers tokens up to 60,000,000 and has 401 of them: it is damaged"):
+        transplant(model, alone, "mean")
+
+
+def test_whose_tokenizer_was_converted_is_told(tmp_path, pair):
+    slow = Path(__file__).parent.parent / "tokenizer" / "slow" / "llama.model"
+    made = transplant(pair[0], slow, "mean")
+    assert f"the tokenizer of {slow} is made of tokenizer.model, as SentencePiece splits text" in " ".join(
+        made.warnings
+    )
+
+
 def test_an_adapter_is_no_donor(tmp_path, pair):
     model, _ = pair
     folder = tmp_path / "lora"
@@ -797,6 +815,7 @@ def test_rows_that_outgrow_their_dtype_are_told(tmp_path, byte_bpe, metaspace_bp
         ({"byte_match": "yes"}, "byte_match is 'yes'"),
         ({"chat_template": "mine"}, "chat_template is 'mine'"),
         ({"pad_to_multiple_of": -2}, "pad_to_multiple_of is -2"),
+        ({"pad_to_multiple_of": 1 << 40}, "at most 1,048,576 is meant"),
         ({"keep_size": 1}, "keep_size is 1"),
         ({"method": "random", "scale": "wide"}, "scale is 'wide'"),
         ({"method": "random", "seed": 1.5}, "seed is 1.5"),

@@ -10,6 +10,8 @@ from weightsmith.architecture.config import is_head, row_counts
 from weightsmith.architecture.stacks import role
 from weightsmith.checkpoint.tensor import Tensor
 
+# The largest number of which a person may ask for a multiple of rows: far above what any device gains from.
+MOST_PADDING = 1 << 20
 # Tables that are looked up by position, not by token.
 _POSITIONS = re.compile(r"(^|[._/])(wpe|pos|position\w*|\w*pos(ition)?_emb\w*|embed_positions|token_type\w*)([._/]|$)")
 # What is added to the chances of tokens.

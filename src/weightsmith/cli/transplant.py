@@ -86,7 +86,7 @@ _WORST = 5
     metavar="FILE",
     help="Compare DONOR's tokens by these vectors, not its embeddings: word2vec's text, or a matrix in safetensors.",
 )
-@click.option("--pad-to-multiple-of", type=click.IntRange(min=1), help="Add rows of zeros up to a multiple of it.")
+@click.option("--pad-to-multiple-of", type=click.IntRange(1, 1 << 20), help="Add rows of zeros up to a multiple of it.")
 @click.option("--keep-size", is_flag=True, help="Add rows of zeros up to as many as MODEL has.")
 @click.option(
     "--chat-template",

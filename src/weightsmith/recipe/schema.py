@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from weightsmith.architecture.vocabulary import MOST_PADDING
+
 Scalar: TypeAlias = bool | int | float | str
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -193,6 +195,9 @@ class TokenSource(_Part):
         return self
 
 
+_Token = Annotated[str, Field(min_length=1)]
+
+
 class TokenRule(_Part):
     """What to do with one token."""
 
@@ -208,11 +213,11 @@ class Tokenizer(_Part):
     source: Reference = Field(
         "union", description="base, a model's reference, or union: the base's tokenizer with the tokens of all models."
     )
-    tokens: Annotated[dict[str, TokenRule], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+    tokens: Annotated[dict[_Token, TokenRule], BeforeValidator(lambda value: {} if value is None else value)] = Field(
         default_factory=dict, description="Rules for single tokens, as the tokenizer spells them; new ones are added."
     )
     pad_to_multiple_of: int | None = Field(
-        None, ge=1, le=1 << 20, description="Round the number of rows up to a multiple of this."
+        None, ge=1, le=MOST_PADDING, description="Round the number of rows up to a multiple of this."
     )
 
 

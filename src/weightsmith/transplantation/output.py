@@ -28,6 +28,9 @@ from weightsmith.transplantation.recipe import METHODS, SEARCHING, Recipe
 from weightsmith.transplantation.report import Report, report_of
 from weightsmith.transplantation.tokens import number_warning
 
+# Numbers that no token of a whole tokenizer has, at most, beside as many as there are tokens.
+_MOST_WITHOUT_TOKEN = 100_000
+
 
 class Transplant(Output):
     """A model with another tokenizer: shared tokens keep their rows, those of new tokens are made as they are written.
@@ -193,6 +196,12 @@ def _tokenizer(owner: Checkpoint) -> Tokenizer:
         )
     if not tokenizer.vocabulary:
         raise PlanError(f"the tokenizer of {owner.name} has no tokens")
+    # Each number takes a row: a stray one must not decide how many there are.
+    if tokenizer.size > 2 * len(tokenizer.tokens) + _MOST_WITHOUT_TOKEN:
+        raise PlanError(
+            f"the tokenizer of {owner.name} numbers tokens up to {tokenizer.size - 1:,} and has {len(tokenizer.tokens):,}"
+            " of them: it is damaged"
+        )
     return tokenizer
 
 

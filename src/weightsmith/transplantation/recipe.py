@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from weightsmith.architecture.vocabulary import MOST_PADDING
 from weightsmith.errors import MethodError, did_you_mean, shown
 from weightsmith.transplantation import neighbours, similarity
 from weightsmith.transplantation.nearest import Metric
@@ -154,6 +155,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise MethodError(f"{name} is {shown(value)}; a whole number from 1 is needed")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of > MOST_PADDING:
+            raise MethodError(f"pad_to_multiple_of is {self.pad_to_multiple_of:,}; at most {MOST_PADDING:,} is meant")
         for name in ("centred", "trained_only", "keep_size"):
             if not isinstance(getattr(self, name), bool):
                 raise MethodError(f"{name} is {shown(getattr(self, name))}; true or false is needed")
