@@ -281,7 +281,7 @@ UNKNOWN = piece("<unk>", 0.0, 2)
 def test_pieces_are_merged_by_their_scores_and_not_by_their_numbers():
     """Mistral's models have runs of spaces as early pieces of the lowest score; transformers 5 merges them first."""
     letters = "▁abc"
-    pieces = {"▁▁": -1e9, "▁▁▁▁": -1e9, **{letter: -1e3 for letter in letters}}
+    pieces = {"▁▁": -1e9, "▁▁▁▁": -1e9, **dict.fromkeys(letters, -1000.0)}
     pieces |= {"bc": -7.0, "▁a": -1.0, "ab": -2.0, "▁ab": -5.0, "ca": -3.0, "abc": -6.0, "▁▁▁": -1e9, "▁b": -4.0}
     content = UNKNOWN + b"".join(piece(text, score) for text, score in pieces.items()) + field(2, field(3, 2))
     content += field(3, field(3, 0) + field(4, 0))

@@ -199,8 +199,8 @@ def _tokenizer(owner: Checkpoint) -> Tokenizer:
     # Each number takes a row: a stray one must not decide how many there are.
     if tokenizer.size > 2 * len(tokenizer.tokens) + _MOST_WITHOUT_TOKEN:
         raise PlanError(
-            f"the tokenizer of {owner.name} numbers tokens up to {tokenizer.size - 1:,} and has {len(tokenizer.tokens):,}"
-            " of them: it is damaged"
+            f"the tokenizer of {owner.name} numbers tokens up to {tokenizer.size - 1:,} and has "
+            f"{len(tokenizer.tokens):,} of them: it is damaged"
         )
     return tokenizer
 
