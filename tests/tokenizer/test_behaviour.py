@@ -122,6 +122,17 @@ def test_what_the_library_refuses_is_one_error(model):
         observe(Tokenizer("m", {"version": "1.0", "added_tokens": [], "model": model}))
 
 
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_replacements_that_would_fill_the_memory_are_refused_unseen(part):
+    """Six replacements of a letter by fifty make one of it 15,625,000,000."""
+    longer = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}
+    key = {"normalizer": "normalizers", "decoder": "decoders"}[part]
+    content = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    content[part] = {"type": "Sequence", key: [longer, {"type": "Sequence", key: [longer] * 5}]}
+    with pytest.raises(CheckpointError, match=f"the {part} of m replaces letters by long texts"):
+        observe(Tokenizer("m", content))
+
+
 def test_a_panic_of_the_library_is_an_error_too(tmp_path):
     made = trained.byte_bpe()
     # Stripping from the end of what is empty is what the library does not expect.

@@ -505,6 +505,16 @@ def test_the_chat_template_is_whose_is_asked_for(tmp_path, byte_bpe, metaspace_b
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 0
 
 
+def test_a_chat_template_that_is_kept_and_writes_tokens_that_are_gone_is_told(tmp_path, byte_bpe, metaspace_bpe):
+    template = "{{ '<s>' + messages[0]['content'] + '</s>' }}"
+    model = llama(tmp_path / "model", metaspace_bpe, chat_template=template, **LLAMA)
+    donor = llama(tmp_path / "donor", byte_bpe, **GPT)
+    told = "the chat template that is kept writes '<s>', '</s>', no token of the new tokenizer"
+    assert told in " ".join(transplant(model, donor, "mean", chat_template="keep").warnings)
+    assert told not in " ".join(transplant(model, donor, "mean").warnings)
+    assert told not in " ".join(transplant(model, model, "mean", chat_template="keep").warnings)
+
+
 def test_numbers_of_tokens_in_configs_become_the_donors(tmp_path, pair):
     model, donor = pair
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.5, "pad_token_id": 0}')

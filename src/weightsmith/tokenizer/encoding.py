@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.errors import CheckpointError, WeightsmithError
 from weightsmith.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
+
+# How many times as long a text may become: replacements that tokenizers need put one character for another.
+_MOST_GROWTH = 10_000
 
 
 class TokenizersMissingError(WeightsmithError):
@@ -28,8 +31,15 @@ def encoder(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
     Raises:
         TokenizersMissingError: if the tokenizers library is not installed.
-        CheckpointError: if the library refuses the tokenizer.
+        CheckpointError: if the library refuses the tokenizer, or it would make any text so long that it fills the
+            memory.
     """
+    for part in ("normalizer", "decoder"):
+        if _growth(tokenizer.content.get(part)) > _MOST_GROWTH:
+            raise CheckpointError(
+                f"the {part} of {tokenizer.owner} replaces letters by long texts, one after the other: no text is split "
+                "by a tokenizer that makes it so long"
+            )
     try:
         import tokenizers
     except ImportError as error:
@@ -41,6 +51,21 @@ def encoder(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         made.no_truncation()
         made.no_padding()
         return made
+
+
+def _growth(part: Any) -> int:
+    """Return how many times as long a part of a tokenizer makes a text at most, by its replacements."""
+    growth, left = 1, [part]
+    while left and growth <= _MOST_GROWTH:
+        value = left.pop()
+        if isinstance(value, dict):
+            content = value.get("content")
+            if value.get("type") == "Replace" and isinstance(content, str):
+                growth *= max(len(content), 1)
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return growth
 
 
 @contextmanager

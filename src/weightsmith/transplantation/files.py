@@ -12,6 +12,7 @@ from weightsmith.architecture.config import with_rows
 from weightsmith.checkpoint.checkpoint import Checkpoint, File
 from weightsmith.checkpoint.companions import LARGEST_SETTINGS, other_files, read_companion, tokenizer_files
 from weightsmith.checkpoint.json_text import parse_object
+from weightsmith.errors import shown
 from weightsmith.tokenizer.chat_template import read_template
 from weightsmith.tokenizer.files import files_of
 from weightsmith.tokenizer.ids import with_ids
@@ -81,6 +82,12 @@ def beside(layout: Layout, model: Checkpoint, donor: Checkpoint, template: Templ
     if template == "donor":
         return Beside(config, {**files, **taken}, None, tuple(notes))
     own = read_template(model.companions.files) if template == "keep" else None
+    lost = [token for token in layout.own.added if own and token in own and token not in layout.new.vocabulary]
+    if lost:
+        notes.append(
+            f"the chat template that is kept writes {', '.join(map(shown, lost[:4]))}{' …' if len(lost) > 4 else ''}, "
+            "no token of the new tokenizer: it is split into pieces, which the model never saw in its place"
+        )
     return Beside(config, {**files, **_without_templates(taken)}, own, tuple(notes))
 
 
