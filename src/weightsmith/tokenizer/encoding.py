@@ -37,8 +37,8 @@ def encoder(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     for part in ("normalizer", "decoder"):
         if _growth(tokenizer.content.get(part)) > _MOST_GROWTH:
             raise CheckpointError(
-                f"the {part} of {tokenizer.owner} replaces letters by long texts, one after the other: no text is split "
-                "by a tokenizer that makes it so long"
+                f"the {part} of {tokenizer.owner} replaces letters by long texts, one after the other: no text is "
+                "split by a tokenizer that makes it so long"
             )
     try:
         import tokenizers
