@@ -10,6 +10,7 @@ import pytest
 
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.errors import CheckpointError, MethodError
+from weightsmith.transplantation import combination
 from weightsmith.transplantation import nearest as nearest_module
 from weightsmith.transplantation import rows as rows_module
 from weightsmith.transplantation.combination import Combinations, combine
@@ -220,6 +221,18 @@ def projected(values: np.ndarray) -> np.ndarray:
             best = (distance, point) if best is None or distance < best[0] else best
     assert best is not None
     return best[1]
+
+
+def test_a_token_that_is_like_all_anchors_does_not_fill_the_memory(monkeypatch):
+    """One row with as many anchors as there are gives every other token that many places."""
+    rows = rows_of()
+    rows[ANCHORS, 0], rows[TARGETS[3]] = 1, np.eye(1, rows.shape[1], dtype=np.float32)
+    rows[ANCHORS] /= np.linalg.norm(rows[ANCHORS], axis=1)[:, None]
+    rows[ANCHORS, 1:] *= 1e-3
+    assert sparsemax_of_all(Rows(rows), ANCHORS, TARGETS).anchors.shape == (12, 200)
+    monkeypatch.setattr(combination, "_MOST_BYTES", 12 * 12 * 200 - 1)
+    with pytest.raises(MethodError, match=r"mixed of 200 anchors \(the median token of \d+\).*choose another --method"):
+        sparsemax_of_all(Rows(rows), ANCHORS, TARGETS)
 
 
 def test_sparsemax_is_the_nearest_point_of_the_simplex():

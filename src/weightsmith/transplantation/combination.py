@@ -14,7 +14,10 @@ import numpy as np
 
 from weightsmith.checkpoint.rows import tile_rows
 from weightsmith.checkpoint.tensor import Array
+from weightsmith.errors import MethodError
 
+# Bytes that the anchors of all new tokens may take.
+_MOST_BYTES = 4_000_000_000
 # Told how many targets were finished since it was told last; from one thread at a time.
 Progress = Callable[[int], None]
 
@@ -46,8 +49,18 @@ class Combinations:
         Args:
             parts: for each target the numbers of its anchors and their weights, ``[k_t]`` each.
             residual: ``[T]``.
+
+        Raises:
+            MethodError: if one of them has so many that places for all of them would fill the memory.
         """
         most = max((len(anchors) for anchors, _ in parts), default=0)
+        if 12 * most * len(parts) > _MOST_BYTES:
+            usual = int(np.median([len(anchors) for anchors, _ in parts]))
+            raise MethodError(
+                f"a new token would be mixed of {most:,} anchors (the median token of {usual:,}), so that those of "
+                f"{len(parts):,} tokens take {12 * most * len(parts) / 1e9:,.0f} GB: rows that are alike say nothing "
+                "of one another; choose another --method, such as wechsel or omp, or --trained-only"
+            )
         anchors = np.full((len(parts), most), -1, np.int32)
         weights = np.zeros((len(parts), most))
         for place, (numbers, values) in enumerate(parts):
