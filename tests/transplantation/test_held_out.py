@@ -9,6 +9,7 @@ import pytest
 
 import trained_tokenizers as trained
 import weightsmith as ws
+from conftest import read_safetensors, write_safetensors
 from tiny_models import llama
 from weightsmith.checkpoint.tensor import ArrayTensor
 from weightsmith.cli.main import main
@@ -89,6 +90,29 @@ def test_tokens_are_told_apart_by_their_numbers_in_each_model():
     moved = np.empty_like(own)
     moved[order] = own
     assert held(way("omp", atoms=12), donor, moved, order) == held(way("omp", atoms=12), donor, own)
+
+
+def test_rows_of_the_model_that_are_no_numbers_are_left_out(tmp_path):
+    donor, own = spaces()
+    broken = own.copy()
+    broken[[0, 1, 7]] = np.array([[np.nan], [np.inf], [-np.inf]])
+    left = [place for place in range(200) if place not in (0, 1, 7)]
+    found, plain = held(way("nearest"), donor, broken), held(way("nearest"), donor, own)
+    # Of 200 every fourth is made again: number 0 is one of these, 1 and 7 are among the others.
+    assert (found.tokens, found.anchors) == (49, 148)
+    assert (plain.tokens, plain.anchors) == (50, 150)
+    assert np.isfinite([found.error, found.cosine, found.mean_error]).all()
+    broken[left] = np.nan
+    assert held(way("nearest"), donor, broken) is None
+    # A transplant that needs none of them goes through, and keeps them.
+    model = llama(tmp_path / "model", trained.byte_bpe(), **GPT)
+    other = llama(tmp_path / "donor", trained.byte_bpe(size=420), seed=1, **GPT)
+    tables = {name: values.copy() for name, values in read_safetensors(model).items()}
+    tables[EMBEDDINGS][trained.byte_bpe().token_to_id("a")] = np.nan
+    write_safetensors(model / "model.safetensors", tables)
+    ws.transplant(model, other, "nearest").save(tmp_path / "out")
+    result = read_safetensors(tmp_path / "out")[EMBEDDINGS]
+    assert np.isnan(result[trained.byte_bpe(size=420).token_to_id("a")]).all()
 
 
 def test_of_few_tokens_or_zeros_nothing_is_told():
@@ -183,6 +207,13 @@ def test_methods_are_compared_and_nothing_is_written(pair, tmp_path, capsys):
     assert [line.split()[0] for line in lines[first + 2 : first + 8]] == list(found[EMBEDDINGS])
     assert json.loads(printed(capsys, [*call, "--json"]))[HEAD]["focus"]["error"] == found[HEAD]["focus"].error
     assert not list(tmp_path.iterdir())
+
+
+def test_neighbours_are_those_of_the_method_that_they_are_given_for(pair):
+    found = ws.transplant(*pair, "interpolation", neighbours=3).compare()
+    assert set(next(iter(found.values()))) == SEARCHING
+    assert Recipe("m", "d", "interpolation", neighbours=3).only("omp").way("embeddings").neighbours is None
+    assert Recipe("m", "d", "interpolation", neighbours=3).only("interpolation").way("embeddings").neighbours == 3
 
 
 def test_without_a_space_to_look_at_there_is_nothing_to_compare(pair):

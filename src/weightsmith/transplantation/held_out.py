@@ -57,10 +57,10 @@ def hold_out(way: Way, donor: Tensor, table: Table, shared: Shared, *, threads: 
         threads: how many threads to use; by default one per core.
 
     Returns:
-        The comparison; None where fewer than 64 tokens are shared, or none has a row that is not zero.
+        The comparison; None where fewer than 64 tokens are shared, or none has a row of numbers that is not zero.
 
     Raises:
-        CheckpointError: if a row cannot be read, or is not finite.
+        CheckpointError: if a row cannot be read, or is not finite in the donor.
     """
     count = len(shared.donor)
     if count < _FEWEST:
@@ -68,8 +68,12 @@ def hold_out(way: Way, donor: Tensor, table: Table, shared: Shared, *, threads: 
     chosen = _spread(count, min(TOKENS, count // 4))
     others = np.setdiff1d(np.arange(count), chosen)
     others = others[_spread(len(others), min(ANCHORS, len(others)))]
-    known = Shared(shared.donor[others], shared.model[others])
-    rows, own = table.take(known.model), table.take(shared.model[chosen]).astype(np.float64)
+    # The model's rows that are no numbers are kept as they are: they must not stop what does not need them.
+    chosen, own = _finite(table, shared, chosen)
+    others, rows = _finite(table, shared, others)
+    if not len(chosen) or not len(others):
+        return None
+    known, own = Shared(shared.donor[others], shared.model[others]), own.astype(np.float64)
     mean = rows.mean(0, dtype=np.float64)
     if way.method == "landmark_pca":
         found = LandmarkMap.of(Rows(donor), known.donor, Rows(rows), np.arange(len(rows)))
@@ -97,6 +101,13 @@ def memory_of(donor: Tensor, table: Table, shared: Shared) -> int:
     """Return about how many bytes :func:`hold_out` takes."""
     anchors = min(ANCHORS, len(shared.donor))
     return 4 * anchors * (donor.shape[1] + table.width) + 2 * anchors**2
+
+
+def _finite(table: Table, shared: Shared, places: Array) -> tuple[Array, Array]:
+    """Return those of some shared tokens whose rows in the model are numbers, and these rows."""
+    rows = table.all_rows().take(shared.model[places], check=False)
+    finite = np.isfinite(rows).all(1)
+    return places[finite], rows[finite]
 
 
 def _spread(count: int, wanted: int) -> Array:

@@ -175,11 +175,15 @@ class Recipe:
             )
 
     def only(self, method: Method) -> Recipe:
-        """Return the recipe with one method, and of the settings those that mean something for it."""
+        """Return the recipe with one method, and of the settings those that mean something for it.
+
+        A number of neighbours is meant for the recipe's own methods: 32 of ``interpolation`` are too few for ``omp``.
+        """
         others: dict[str, Any] = {
             field.name: field.default
             for field in dataclasses.fields(self)
-            if field.name in _MEANT and method not in _MEANT[field.name]
+            if field.name in _MEANT
+            and (method not in _MEANT[field.name] or (field.name == "neighbours" and method not in self._methods))
         }
         return dataclasses.replace(self, method=method, head_method=None, **others)
 

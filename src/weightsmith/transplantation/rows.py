@@ -43,11 +43,12 @@ class Rows:
             )
         self.shape: tuple[int, int] = (self._tensor.shape[0], self._tensor.shape[1])
 
-    def take(self, numbers: Array) -> Array:
+    def take(self, numbers: Array, *, check: bool = True) -> Array:
         """Read rows: ``[n, d]``, float32, C-contiguous.
 
         Args:
             numbers: ``[n]`` integers in any order, with or without repetitions.
+            check: whether what is infinite or no number is refused.
 
         Raises:
             CheckpointError: if there is no row of a number, or an element of one is infinite or no number.
@@ -70,7 +71,7 @@ class Rows:
             values = widened(self._tensor.read(first * width, last * width)).reshape(last - first, width)
             found = values[ordered[start:stop] - first]
             finite = np.isfinite(found).all(1)
-            if not finite.all():
+            if check and not finite.all():
                 row = int(ordered[start + int(np.argmin(finite))])
                 raise CheckpointError(
                     f"{self._tensor.name}: row {row:,} holds values that are infinite or no numbers; nothing can be "
