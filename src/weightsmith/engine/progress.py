@@ -83,6 +83,11 @@ class _Counting:
         return (self.done - self.skipped) / max(time.monotonic() - self.started, 1e-9)
 
     @property
+    def unit(self) -> tuple[float, str]:
+        """Bytes of the unit that the whole is told in, and its name: of what is small, gigabytes tell nothing."""
+        return next((one for one in _UNITS if self.total >= one[0]), _UNITS[-1])
+
+    @property
     def seconds_left(self) -> float | None:
         """Seconds until the end at this rate, or None where there is no rate yet."""
         return (self.total - self.done) / self.rate if self.done > self.skipped else None
@@ -108,8 +113,7 @@ class Lines(_Counting):
     def _text(self) -> str:
         left = self.seconds_left
         remaining = f", {left:.0f} s left" if left is not None else ""
-        # In the unit of the whole: of what is small, gigabytes tell nothing.
-        factor, unit = next((one for one in _UNITS if self.total >= one[0]), _UNITS[-1])
+        factor, unit = self.unit
         return (
             f"{self.done / factor:.2f} of {self.total / factor:.2f} {unit}, {self.finished} tensors, "
             f"{self.rate / factor:.2f} {unit}/s{remaining}"
@@ -144,7 +148,7 @@ class JsonLines(_Counting):
 
 
 class Live(_Counting):
-    """Draws a bar on a terminal: bytes and tensors done, GB/s, time left."""
+    """Draws a bar on a terminal: bytes and tensors done, bytes per second, time left."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +159,7 @@ class Live(_Counting):
             BarColumn(),
             DownloadColumn(),
             TextColumn("{task.fields[tensors]} tensors"),
-            TextColumn("{task.fields[rate]:.2f} GB/s"),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
@@ -165,15 +169,15 @@ class Live(_Counting):
     def start(self, total_bytes: int, total_tensors: int, done_bytes: int) -> None:
         """See :class:`ProgressListener`."""
         super().start(total_bytes, total_tensors, done_bytes)
-        self._task = self._bar.add_task("", total=total_bytes, completed=done_bytes, tensors=0, rate=0.0)
+        self._task = self._bar.add_task("", total=total_bytes, completed=done_bytes, tensors=0, rate="")
         self._bar.start()
 
     def advance(self, nbytes: int) -> None:
         """See :class:`ProgressListener`."""
         super().advance(nbytes)
-        self._bar.update(
-            self._task, completed=self.done, tensors=f"{self.finished}/{self.tensors}", rate=self.rate / 1e9
-        )
+        factor, unit = self.unit
+        rate = f"{self.rate / factor:.2f} {unit}/s"
+        self._bar.update(self._task, completed=self.done, tensors=f"{self.finished}/{self.tensors}", rate=rate)
 
     def finish(self) -> None:
         """See :class:`ProgressListener`."""
