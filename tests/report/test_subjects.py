@@ -170,6 +170,41 @@ def test_inputs_that_are_gone_or_changed_are_told_of(family, tmp_path):
     assert (alone.base.label, alone.models, alone.result) == ("out", (), None)
 
 
+def test_a_folder_that_is_gone_is_not_looked_for_on_a_hub(family, tmp_path, monkeypatch):
+    """``org/model`` is a hub's way to name models, and a folder's that was named from the one above."""
+    paths, _ = family
+    monkeypatch.chdir(tmp_path)
+    for name in "bxy":
+        shutil.copytree(paths.get(name, paths["base"]), tmp_path / "models" / name)
+    ws.merge_recipe(
+        """
+steps:
+  mean: {merge_method: linear, models: [{model: models/x}, {model: models/y}], parameters: {weight: 1}}
+merge_method: task_arithmetic
+base_model: models/b
+models: [{model: mean}, {model: models/x}]
+parameters: {weight: 0.5}
+"""
+    ).save(tmp_path / "out")
+
+    def resolve(model, revision):
+        raise AssertionError(f"{model} was looked for on a hub")
+
+    monkeypatch.setattr("weightsmith.checkpoint.resolve", resolve)
+    shutil.rmtree(tmp_path / "models" / "y")
+    found = ws.report("out")
+    assert [one.label for one in found.models] == ["x"]
+    assert any(note.startswith("mean cannot be opened any more") for note in found.notes)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    alone = ws.report("../out")
+    assert alone.models == ()
+    assert any(
+        "there is no models/b/model.safetensors here; run the report in the folder that the merge was run in" in note
+        for note in alone.notes
+    )
+
+
 def test_layers_put_together_anew_are_not_taken_apart_by_number(family, tmp_path):
     paths, _ = family
     text = f"""merge_method: passthrough
