@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from tests.report.plain import measured
 from weightsmith.report.advice import with_conclusions
 from weightsmith.report.findings import Difference, DtypeShare, Health, Report, Rows, Scoped, TokenDifference
 from weightsmith.report.health import health
+from weightsmith.report.wording import percent, times
 
 EMBEDDINGS, MATRIX = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 
@@ -69,7 +71,7 @@ def test_a_model_with_none_of_the_tensors_is_said_to_have_none(base):
             for field in dataclasses.fields(Scoped)
         }
     )
-    report = dataclasses.replace(report, changes=changes, agreements=Scoped(), conflicts=Scoped(), overlaps=Scoped())
+    report = replace(report, changes=changes, agreements=Scoped(), conflicts=Scoped(), overlaps=Scoped())
     (found,) = health(report)
     assert (found.code, found.level, found.models) == ("incomparable", "error", ("b",))
     assert with_conclusions(report).advice == ()
@@ -117,11 +119,10 @@ def test_other_tensors_are_told(base, kind, level):
 
 def _with_dtype(report, label, dtype):
     models = tuple(
-        dataclasses.replace(one, dtypes=(DtypeShare(dtype, 1, 1, 1),)) if one.label == label else one
-        for one in report.models
+        replace(one, dtypes=(DtypeShare(dtype, 1, 1, 1),)) if one.label == label else one for one in report.models
     )
     changed = Health(differences=(Difference(label, MATRIX, "dtype", "float32", dtype),))
-    return dataclasses.replace(report, models=models, health=changed)
+    return replace(report, models=models, health=changed)
 
 
 def test_rounding_is_told_from_training(base):
@@ -149,6 +150,41 @@ def test_padding_of_the_vocabulary_is_normal_and_dead_rows_of_a_matrix_are_not(b
     assert found[0].figures[0].value == 5
 
 
+def test_verbs_go_with_their_numbers(base):
+    one = Rows("a", MATRIX, 96, 1, (1,), 0, (), 1)
+    assert f"1 row of 96 in {MATRIX} of a is zero and was not in base" in _health(base, Health(rows=(one,)))[0].text
+    two = replace(one, dead=2, new_dead=2)
+    assert "are zero and were not in base" in _health(base, Health(rows=(two,)))[0].text
+    still = replace(one, dead=0, new_dead=0, duplicated=1)
+    assert f"{MATRIX} holds up to 1 row twice" in _health(base, Health(rows=(still,)))[0].text
+
+
+def test_one_model_alone_is_looked_at_and_not_compared(base):
+    report = replace(measured(base, {"a": tuned(base, 1)}), models=(), tensors=())
+    (found,) = health(report)
+    assert found.text == f"{report.base.tensors} tensors looked at: no NaN or infinity."
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.0, "100%"),
+        (0.9999, "99.9%"),
+        (0.0, "0%"),
+        (9999.0, "999900%"),
+        (1.59e28, "1.6e+30%"),
+        (1e-9, "less than 0.001%"),
+    ],
+)
+def test_shares_are_short_however_large(value, text):
+    assert percent(value) == text
+
+
+def test_ratios_are_short_however_large():
+    found = [times(one) for one in (0.34, 2.44, 31.0, 2e5, 7.2e29)]
+    assert found == ["0.34 times", "2.4 times", "31 times", "200,000 times", "7.2e+29 times"]
+
+
 def test_heads_that_differ_are_told(base):
     rows = (
         Difference("a", "lm_head.weight", "tied", "", "[80, 64]"),
@@ -165,7 +201,7 @@ def test_the_gravest_comes_first_and_all_have_figures(base):
     broken[MATRIX] = np.where(np.eye(*broken[MATRIX].shape) > 0, np.nan, broken[MATRIX])
     report = measured(base, {"a": broken, "x": trained(5), "again": dict(base)})
     tokens = (TokenDifference("a", 2, 0, 5, ("<x>",)),)
-    found = health(dataclasses.replace(report, health=dataclasses.replace(report.health, tokens=tokens)))
+    found = health(replace(report, health=replace(report.health, tokens=tokens)))
     assert [one.level for one in found] == ["error", "error", "warning", "warning"]
     assert all(one.figures for one in found)
-    assert Report.from_json(dataclasses.replace(report, findings=found).to_json()).findings == found
+    assert Report.from_json(replace(report, findings=found).to_json()).findings == found

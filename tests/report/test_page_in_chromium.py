@@ -633,6 +633,25 @@ def test_overlap_has_its_chance_level_in_words(show):
     assert column(page, "#overlap .twin table", 3)[0] == "1.23"
 
 
+def test_chance_is_seen_where_no_line_can_be(show):
+    """A line of one point is not drawn: what lies before and after the layers, or a single layer."""
+    report = example_report(3, 2)
+    page = show(report)
+    values = [row for row in report.overlaps.layers if row.top == report.overlaps.total[0].top]
+    alone = sum(row.chance is not None and row.scope.layer in ("before", "after") for row in values)
+    assert alone
+    # The values of the one pair are circles.
+    assert page.run("document.querySelectorAll('#overlap-by-layer [aria-label=dot] path').length") == alone
+
+
+def test_notes_stand_before_all_figures(show):
+    report = example_report(2, 0)
+    note = "models/base cannot be opened any more"
+    page = show(replace(report, kind="merged", notes=(note,)))
+    assert page.run("document.querySelector('#summary #notes').innerText") == note
+    assert page.run("document.querySelector('h1').innerText") == "A merge"
+
+
 def test_keyboard_reaches_the_content_and_focus_is_seen(show):
     page = show(example_report(2, 2))
     page.run("document.body.focus()")

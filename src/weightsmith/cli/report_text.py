@@ -164,6 +164,9 @@ def _drawn(
     step = -(-len(found) // _WIDEST)
     heights = [max(value for value, _ in found[i : i + step]) for i in range(0, len(found), step)]
     spread = most[0] - least[0]
+    if written(least[0]) == written(most[0]):
+        # What is the same as far as it is written is not drawn as hills.
+        spread = 0.0
     drawn = "".join(bars[round((height - least[0]) / spread * (len(bars) - 1)) if spread else 0] for height in heights)
     first, last = (f"{written(value)} ({short_label(layer)})" for value, layer in (least, most))
     return drawn, first, last
@@ -190,10 +193,12 @@ def _pairs(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if len(shown) < len(pairs):
         yield paragraph(f"… and {counted(len(pairs) - len(shown), 'pair')} nearer to orthogonal")
     yield from _conflicts(report, bars)
-    chance = [row.chance for row in overlaps.values() if row.chance is not None]
+    # Ties make sets larger than 5%, and those of models in a coarse dtype are of many sizes.
+    chance = sorted(overlaps[pair].chance or 0.0 for row in shown if (pair := (row.first, row.second)) in overlaps)
+    ends = dict.fromkeys([percent(chance[0]), percent(chance[-1])]) if chance else ()
     yield paragraph(
         "one sign: of the entries that both moved; conflict: share of the movement against the elected sign; top 5%: "
-        "share of the entries moved most that both have" + (f", by chance {percent(max(chance))}" if chance else "")
+        "share of the entries moved most that both have" + (f", by chance {' to '.join(ends)}" if ends else "")
     )
 
 
@@ -333,10 +338,10 @@ def _merged(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
             before = f"; {run.resumed:,} of {run.tensors:,} tensors by a run before" if run.resumed else ""
             told = f"{run.seconds:,.1f} s with {counted(run.threads, 'thread')}{before}"
             yield paragraph(f"merged in {told}; {size(run.bytes_read)} read, {size(run.bytes_written)} written", 2)
-        for state, text in (("missing", "is no longer there"), ("changed", "was changed since")):
+        for state, text in (("missing", "no longer there"), ("changed", "changed since")):
             names = [printable(one.path) for one in made.inputs if one.state == state]
             if names:
-                yield paragraph(f"{listed(names)} {text}", 2)
+                yield paragraph(f"{text}: {listed(names)}", 2)
     yield from _shares(report, bars, width)
 
 

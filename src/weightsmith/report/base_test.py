@@ -8,7 +8,7 @@ tells the two apart: among three networks that were trained apart (silero-vad 5.
 How large a cosine chance makes: let A and B be matrices of m rows, and the directions that one of them uses among
 the rows be random against the other's. Then E cos(A, B) = 0, and E cos(A, B)^2 <= 1/m, whatever else the two have in
 common; independent entries give 1/(m n). We take the smaller side for m, so ``cos * sqrt(min(m, n))`` is at most a
-standard normal z value, and z values of k matrices add up to one over ``sqrt(k)`` (Stouffer). With a millions of
+standard normal z value, and z values of k matrices add up to one over ``sqrt(k)`` (Stouffer). With millions of
 entries every trace of a relation is beyond chance, so a small p value alone says little: the verdict goes by size.
 
 Only matrices are looked at. Norms and biases are near 1 or 0 in every model, trained together or not: biases of those
@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,8 +81,11 @@ class Nearness:
 
     @property
     def p(self) -> float:
-        """The chance of such a z value, or a larger one, of weights that have nothing to do with the base's."""
-        return 0.5 * math.erfc(self.z / math.sqrt(2.0))
+        """The chance of such a z value, or a larger one, of weights that have nothing to do with the base's.
+
+        It is an upper bound, so it is never 0: below the least normal number of float64, that number stands for it.
+        """
+        return max(0.5 * math.erfc(self.z / math.sqrt(2.0)), sys.float_info.min)
 
     @property
     def mixed(self) -> bool:

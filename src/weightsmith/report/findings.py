@@ -643,8 +643,8 @@ class BaseTest:
     Attributes:
         model: label.
         shares: whether it was; None where the figures do not tell.
-        p: the chance that weights which have nothing to do with the base's lie as near to them as the model's do;
-            None where no test was made.
+        p: the chance that weights which have nothing to do with the base's lie as near to them as the model's do, at
+            most; never 0, but 2.2e-308 for all that is less. None where no test was made.
         figures: the numbers it rests on.
     """
 

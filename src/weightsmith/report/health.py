@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from weightsmith.report.base_test import RELATED, Nearness, nearness
 from weightsmith.report.findings import Agreement, Difference, Figure, Finding, Level, Model, Nonfinite, Report, Rows
-from weightsmith.report.wording import cosine_text, counted, have, listed, percent
+from weightsmith.report.wording import cosine_text, counted, have, listed, percent, verb
 
 # The gravest first, as findings and advice are sorted.
 LEVELS: tuple[Level, ...] = ("error", "warning", "note", "good")
@@ -48,11 +48,19 @@ def health(report: Report) -> tuple[Finding, ...]:
         *_tied(report),
     ]
     if all(one.level == "note" for one in found):
-        tensors = Figure("tensors compared", len(report.tensors), "tensors")
-        number = counted(len(report.tensors), "tensor")
-        text = f"{number} compared: no NaN or infinity, no copies, nothing foreign to the base."
-        found.append(Finding("healthy", "good", "Nothing is broken", text, (tensors,)))
+        found.append(_healthy(report))
     return tuple(sorted(found, key=lambda one: LEVELS.index(one.level)))
+
+
+def _healthy(report: Report) -> Finding:
+    if report.models or report.result is not None:
+        number, done = len(report.tensors), "compared"
+        text = "no NaN or infinity, no copies, nothing foreign to the base"
+    else:
+        number, done = report.base.tensors, "looked at"
+        text = "no NaN or infinity"
+    figure = Figure(f"tensors {done}", number, "tensors")
+    return Finding("healthy", "good", "Nothing is broken", f"{counted(number, 'tensor')} {done}: {text}.", (figure,))
 
 
 def base_name(report: Report) -> str:
@@ -366,9 +374,9 @@ def _rows(report: Report) -> Iterator[Finding]:
             "dead-rows",
             "warning",
             f"Rows of {label} became zero",
-            f"{counted(dead, 'row')} of {of:,} in {listed([row.tensor for row in rows])} of {label} are zero and were "
-            f"not in {report.base.label}: it was pruned, or its file is damaged. A merge fills them again from the "
-            "other models.",
+            f"{counted(dead, 'row')} of {of:,} in {listed([row.tensor for row in rows])} of {label} "
+            f"{verb(dead, 'is zero and was', 'are zero and were')} not in {report.base.label}: it was pruned, or its "
+            "file is damaged. A merge fills them again from the other models.",
             (Figure("rows that became zero", dead, "rows"), Figure("rows of these tensors", of, "rows")),
             (label,),
         )
@@ -383,12 +391,13 @@ def _still_rows(rows: Sequence[Rows], where: str, why: str) -> Iterator[Finding]
         return
     dead, double = max(row.dead for row in rows), max(row.duplicated for row in rows)
     what = listed([f"up to {counted(n, 'row')} {text}" for n, text in ((dead, "of zeros"), (double, "twice")) if n])
+    names = list(dict.fromkeys(row.tensor for row in rows))
     place = "Embeddings and heads" if where == "tables" else "Matrices"
     yield Finding(
         f"{'token' if where == 'tables' else 'same'}-rows",
         "note",
         f"{place} have rows that are zero or double",
-        f"{listed(list(dict.fromkeys(row.tensor for row in rows)))} hold {what} in "
+        f"{listed(names)} {verb(len(names), 'holds', 'hold')} {what} in "
         f"{listed(list(dict.fromkeys(row.model for row in rows)))}. {why}",
         (Figure("most rows of zeros", dead, "rows"), Figure("most rows that are there twice", double, "rows")),
         tuple(dict.fromkeys(row.model for row in rows)),
@@ -403,9 +412,9 @@ def _tied(report: Report) -> Iterator[Finding]:
     for own, labels in heads.items():
         who = listed(labels)
         text = (
-            f"The base ties its head to its embeddings; {who} {'holds' if len(labels) == 1 else 'hold'} one apart."
+            f"The base ties its head to its embeddings; {who} {verb(len(labels), 'holds', 'hold')} one apart."
             if own
-            else f"The base holds a head of its own; {who} {'leaves' if len(labels) == 1 else 'leave'} it out."
+            else f"The base holds a head of its own; {who} {verb(len(labels), 'leaves', 'leave')} it out."
         )
         yield Finding(
             "head",
