@@ -362,7 +362,7 @@ class Histogram:
         kurtosis: excess kurtosis: 0 for a normal distribution, 3 for a Laplace distribution. None where the
             deviation is 0.
         quantiles: magnitude that each of the shares in ``tops`` of the entries reach, over the scope as a whole; found
-            within a bin as if entries were spread evenly over the logarithm.
+            from the bins, within some 3% for smooth distributions.
         tops: 0.01, 0.05, 0.2.
     """
 
