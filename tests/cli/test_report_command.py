@@ -90,6 +90,17 @@ def test_a_saved_report_is_not_measured_again(family, capsys, tmp_path):
     assert "name a saved report alone" in run(capsys, saved, family["x"], "--text")[2]
 
 
+def test_a_saved_report_that_somebody_changed_is_one_line(family, capsys, tmp_path):
+    saved = tmp_path / "saved.json"
+    assert run(capsys, family["x"], family["y"], "--base", family["base"], "-o", saved)[0] == 0
+    content = json.loads(saved.read_text())
+    content["spectra"][0]["energies"] = []
+    saved.write_text(json.dumps(content))
+    code, _, err = run(capsys, saved, "--text")
+    assert code == 1
+    assert err.startswith(f"error: {saved} does not fit together (")
+
+
 def test_json_that_is_no_report_is_named(family, capsys, tmp_path):
     config = tmp_path / "config.json"
     config.write_text("{}")

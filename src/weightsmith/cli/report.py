@@ -63,6 +63,7 @@ def command(
         raise click.UsageError("give one of --json and --text")
     target = None if output is None and (as_json or as_text) else _target(output or _PAGE, overwrite=overwrite)
     found = _saved(sources)
+    measured = found is None
     if found is None:
         from weightsmith.report.create import report
 
@@ -76,6 +77,19 @@ def command(
         )
     elif base is not None or exact or matrices:
         raise click.UsageError(f"{sources[0]} was measured when it was saved: leave out --base, --exact and --matrices")
+    try:
+        _show(found, target, as_json=as_json, as_text=as_text)
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        if measured:
+            raise
+        from weightsmith.errors import ReportError
+
+        raise ReportError(f"{sources[0]} does not fit together ({error}): make the report anew") from error
+    if target is not None and not quiet:
+        click.echo(printable(str(target)), err=True)
+
+
+def _show(found: Report, target: Path | None, *, as_json: bool, as_text: bool) -> None:
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     elif as_text:
@@ -84,8 +98,6 @@ def command(
         print_report(found)
     if target is not None:
         _write(target, found)
-        if not quiet:
-            click.echo(printable(str(target)), err=True)
 
 
 def _saved(sources: tuple[str, ...]) -> Report | None:

@@ -27,6 +27,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from weightsmith.architecture.components import TOKEN_TABLES
 from weightsmith.report.findings import Agreement, BaseTest, Change, Figure, Report, TensorFacts
 
 # Of two vectors of one length with a cosine above this, each is nearer to the other than to zero.
@@ -44,7 +45,7 @@ SAME_NORM = 2e-3
 # Matrices with fewer rows or columns have too large cosines by chance.
 SMALLEST_SIDE = 16
 # Left out: see above.
-LEFT_OUT = frozenset({"norm", "embedding", "head"})
+LEFT_OUT = TOKEN_TABLES | {"norm"}
 # Task vectors from their true base are orthogonal or a little alike (arXiv:2212.04089); from a base that is
 # itself such a fine-tune, cosines are near 0.5, as of the edges of a regular simplex. A model is suggested as a base
 # where its cosine is below the middle of the two, and well below the named base's.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from weightsmith.architecture.components import TOKEN_TABLES
 from weightsmith.report.base_test import RELATED, Nearness, nearness
 from weightsmith.report.findings import Agreement, Difference, Figure, Finding, Level, Model, Nonfinite, Report, Rows
 from weightsmith.report.wording import cosine_text, counted, have, listed, percent, verb
@@ -22,8 +23,6 @@ _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8, "float8_e4m
 _ROUNDING = 1.0 / math.sqrt(8.0 * math.log(2.0))
 # Beyond this share of its energy, a task vector says as much about rounding as about training. Inferred.
 _ROUNDED = 0.1
-# Tables of tokens and their heads: rows that were never trained are normal there.
-_TABLES = frozenset({"embedding", "head"})
 
 
 def health(report: Report) -> tuple[Finding, ...]:
@@ -364,8 +363,8 @@ def _rounding(base: Model, model: Model) -> float:
 
 def _rows(report: Report) -> Iterator[Finding]:
     components = {one.name: one.component for one in report.tensors}
-    tables = [row for row in report.health.rows if components.get(row.tensor, "other") in _TABLES]
-    matrices = [row for row in report.health.rows if components.get(row.tensor, "other") not in _TABLES]
+    tables = [row for row in report.health.rows if components.get(row.tensor, "other") in TOKEN_TABLES]
+    matrices = [row for row in report.health.rows if components.get(row.tensor, "other") not in TOKEN_TABLES]
     broken = [row for row in matrices if row.new_dead]
     for label in dict.fromkeys(row.model for row in broken):
         rows = [row for row in broken if row.model == label]

@@ -9,6 +9,7 @@ import shlex
 import statistics
 from collections.abc import Iterator
 
+from weightsmith.architecture.components import TOKEN_TABLES
 from weightsmith.report.family import Family
 from weightsmith.report.findings import Change, Figure, Finding, Report, Scope
 from weightsmith.report.recipe_text import yaml_text
@@ -65,7 +66,7 @@ def tables(report: Report, family: Family) -> Iterator[Finding]:
     """Yield which models changed their embeddings or their head much more than the rest."""
     for row in report.changes.components:
         part, total = row.scope.component, family.totals.get(row.model)
-        if part not in ("embedding", "head") or row.model not in family.labels or total is None:
+        if part not in TOKEN_TABLES or row.model not in family.labels or total is None:
             continue
         if not row.relative or not total.relative or row.relative < TABLES * total.relative:
             continue

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import array_api_compat.numpy as xp
 import numpy as np
 
-from weightsmith.architecture.components import component
+from weightsmith.architecture.components import TOKEN_TABLES, component
 from weightsmith.architecture.stacks import Architecture
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.evaluate import Evaluator, blocks
@@ -32,7 +32,6 @@ _COMPUTED = 128
 _DIRECTIONS = 16
 # Singular values that are listed.
 _LISTED = 48
-_TABLES = frozenset({"embedding", "head"})
 _CHOSEN = ("attention_q", "attention_v", "attention_qkv", "attention_o", "mlp_down")
 _CHOICE = "queries, values, outputs of attention and the way down of MLPs, in the first, middle and last layer"
 # Where a model has none of these, its largest matrices are taken; tables of tokens, and what is larger than this, cost
@@ -96,7 +95,7 @@ def choose(subjects: Sequence[Subject], architecture: Architecture, patterns: Se
 
 def _largest(layers: Iterable[Sequence[Subject]], matrices: Sequence[Subject]) -> Iterator[Subject]:
     def some(subjects: Sequence[Subject], count: int) -> list[Subject]:
-        small = [one for one in subjects if one.size <= _LARGEST and component(one.name) not in _TABLES]
+        small = [one for one in subjects if one.size <= _LARGEST and component(one.name) not in TOKEN_TABLES]
         return sorted(small, key=lambda one: -one.size)[:count]
 
     found = [one for layer in layers for one in some(layer, 1)]
