@@ -644,6 +644,13 @@ def test_chance_is_seen_where_no_line_can_be(show):
     assert page.run("document.querySelectorAll('#overlap-by-layer [aria-label=dot] path').length") == alone
 
 
+def test_names_turn_no_writing_round_and_hide_nothing(show):
+    report = example_report(1, 1)
+    page = show(replace(report, notes=("a\u202eb \x1b c\u200bd \ud800 ä\n漢 👩",)))
+    found = page.run("document.querySelector('#notes li').textContent")
+    assert found == r"a\u202eb \u001b c\u200bd \ud800 ä" + "\n漢 👩"
+
+
 def test_notes_stand_before_all_figures(show):
     report = example_report(2, 0)
     note = "models/base cannot be opened any more"
