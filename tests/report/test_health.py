@@ -63,15 +63,20 @@ def test_replaced_layers_are_named(base):
     assert "another order" not in found.text
 
 
-def test_a_model_with_none_of_the_tensors_is_said_to_have_none(base):
-    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)})
+def _apart(base, tables=None):
+    """Return a report in which b has no tensor of the base."""
+    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)}, health=tables)
     changes = Scoped(
         **{
             field.name: tuple(row for row in getattr(report.changes, field.name) if row.model != "b")
             for field in dataclasses.fields(Scoped)
         }
     )
-    report = replace(report, changes=changes, agreements=Scoped(), conflicts=Scoped(), overlaps=Scoped())
+    return replace(report, changes=changes, agreements=Scoped(), conflicts=Scoped(), overlaps=Scoped())
+
+
+def test_a_model_with_none_of_the_tensors_is_said_to_have_none(base):
+    report = _apart(base)
     (found,) = health(report)
     assert (found.code, found.level, found.models) == ("incomparable", "error", ("b",))
     assert with_conclusions(report).advice == ()
@@ -148,6 +153,16 @@ def test_padding_of_the_vocabulary_is_normal_and_dead_rows_of_a_matrix_are_not(b
     found = _health(base, Health(rows=(padding, dead)))
     assert [(one.code, one.level) for one in found] == [("dead-rows", "warning"), ("token-rows", "note")]
     assert found[0].figures[0].value == 5
+
+
+def test_of_a_model_without_a_common_tensor_no_more_is_told(base):
+    """That tokens and tensors differ as well is no news, and merging by tokens is no way out."""
+    tables = Health(
+        differences=(Difference("b", EMBEDDINGS, "missing", "[80, 64]", ""),),
+        tokens=(TokenDifference("b", 3, 0, 0, ("x",)),),
+        rows=(Rows("b", f"other.{EMBEDDINGS}", 80, 3, (77, 78, 79), 0, (), 0),),
+    )
+    assert _codes(health(_apart(base, tables))) == ["incomparable", "token-rows"]
 
 
 def test_verbs_go_with_their_numbers(base):

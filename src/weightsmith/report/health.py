@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from weightsmith.architecture.components import TOKEN_TABLES
+from weightsmith.architecture.components import TOKEN_TABLES, component
 from weightsmith.report.base_test import RELATED, Nearness, nearness
 from weightsmith.report.findings import Agreement, Difference, Figure, Finding, Level, Model, Nonfinite, Report, Rows
 from weightsmith.report.wording import cosine_text, counted, have, listed, percent, verb
@@ -110,9 +110,14 @@ def _nonfinite(report: Report) -> Iterator[Finding]:
         )
 
 
-def _incomparable(report: Report) -> Iterator[Finding]:
+def _without_common_tensors(report: Report) -> list[str]:
+    """Return the labels of models of which no entry was compared."""
     compared = {row.model: row.entries for row in report.changes.total}
-    labels = [model.label for model in report.models if not compared.get(model.label)]
+    return [model.label for model in report.models if not compared.get(model.label)]
+
+
+def _incomparable(report: Report) -> Iterator[Finding]:
+    labels = _without_common_tensors(report)
     if labels:
         base = report.base.label
         yield Finding(
@@ -247,7 +252,10 @@ def _alike(report: Report) -> Iterator[Finding]:
 
 
 def _tokens(report: Report) -> Iterator[Finding]:
+    strangers = _without_common_tensors(report)
     for row in report.health.tokens:
+        if row.model in strangers:
+            continue
         figures = (
             Figure("tokens added", row.added, "tokens"),
             Figure("tokens removed", row.removed, "tokens"),
@@ -296,7 +304,10 @@ def _differences(report: Report, *kinds: str) -> dict[str, list[Difference]]:
 
 
 def _shapes(report: Report) -> Iterator[Finding]:
+    strangers = _without_common_tensors(report)
     for label, rows in _differences(report, "missing", "extra", "shape").items():
+        if label in strangers:
+            continue
         kinds = {kind: [row for row in rows if row.kind == kind] for kind in ("shape", "missing", "extra")}
         parts = [
             f"{counted(len(found), 'tensor')} {text} ({listed([row.tensor for row in found], 2)})"
@@ -362,9 +373,8 @@ def _rounding(base: Model, model: Model) -> float:
 
 
 def _rows(report: Report) -> Iterator[Finding]:
-    components = {one.name: one.component for one in report.tensors}
-    tables = [row for row in report.health.rows if components.get(row.tensor, "other") in TOKEN_TABLES]
-    matrices = [row for row in report.health.rows if components.get(row.tensor, "other") not in TOKEN_TABLES]
+    tables = [row for row in report.health.rows if component(row.tensor) in TOKEN_TABLES]
+    matrices = [row for row in report.health.rows if component(row.tensor) not in TOKEN_TABLES]
     broken = [row for row in matrices if row.new_dead]
     for label in dict.fromkeys(row.model for row in broken):
         rows = [row for row in broken if row.model == label]
