@@ -7,7 +7,16 @@ import pytest
 from tests.report.families import permuted, trained, tuned
 from tests.report.plain import measured
 from weightsmith.report.advice import with_conclusions
-from weightsmith.report.findings import Difference, DtypeShare, Health, Report, Rows, Scoped, TokenDifference
+from weightsmith.report.findings import (
+    Difference,
+    DtypeShare,
+    Health,
+    RecipeFacts,
+    Report,
+    Rows,
+    Scoped,
+    TokenDifference,
+)
 from weightsmith.report.health import health
 from weightsmith.report.wording import percent, times
 
@@ -163,6 +172,14 @@ def test_of_a_model_without_a_common_tensor_no_more_is_told(base):
         rows=(Rows("b", f"other.{EMBEDDINGS}", 80, 3, (77, 78, 79), 0, (), 0),),
     )
     assert _codes(health(_apart(base, tables))) == ["incomparable", "token-rows"]
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_shapes_of_tables_are_a_matter_of_the_recipe_that_merges_by_tokens(base, by_tokens):
+    rows = tuple(Difference("a", name, "shape", "[80, 64]", "[90, 64]") for name in (EMBEDDINGS, "lm_head.weight"))
+    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)}, health=Health(differences=rows))
+    facts = RecipeFacts("", "linear", (), {}, (), "", by_tokens=by_tokens)
+    assert _codes(health(replace(report, recipe=facts))) == (["healthy"] if by_tokens else ["tensors"])
 
 
 def test_verbs_go_with_their_numbers(base):

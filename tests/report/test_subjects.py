@@ -260,6 +260,27 @@ def test_vocabularies_are_compared_token_by_token(family):
     assert any("tokens of z are not known" in note for note in found.notes)
 
 
+def test_a_recipe_that_merges_by_tokens_is_not_told_to(family, tmp_path):
+    paths, _ = family
+    for label, tokens in (("base", "abc"), ("x", "abc"), ("y", "acbd")):
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary}}
+        (paths[label] / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (paths[label] / "tokenizer_config.json").write_text("{}")
+    by_number, by_tokens = tmp_path / "number.yaml", tmp_path / "tokens.yaml"
+    by_number.write_text(recipe(paths))
+    by_tokens.write_text(recipe(paths, more="tokenizer: {source: union}\n"))
+    found = {one.code: one for one in ws.report(by_number).findings}
+    assert (found["vocabulary"].level, "tokenizer: {source: union}" in found["vocabulary"].action) == ("warning", True)
+    found = {one.code: one for one in ws.report(by_tokens).findings}
+    assert (found["vocabulary"].level, found["vocabulary"].action) == ("note", "")
+    # The result has another vocabulary than the base as well, and is no input.
+    ws.merge_recipe(by_tokens).save(tmp_path / "out")
+    merged = ws.report(tmp_path / "out")
+    assert {row.model for row in merged.health.tokens} == {"y", "out"}
+    assert [one.models for one in merged.findings if one.code == "vocabulary"] == [("y",)]
+
+
 def test_packages_that_are_functions_stay_so_when_they_are_imported(family):
     for module in ("weightsmith.plan.compile", "weightsmith.report.create"):
         importlib.import_module(module)

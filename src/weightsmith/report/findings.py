@@ -518,6 +518,7 @@ class RecipeFacts:
         parameters: parameters for all models, each in YAML.
         steps: names of the steps before.
         dtype: what the output is written in; empty for that of the inputs.
+        by_tokens: whether embeddings and head are merged by tokens (``tokenizer``), rather than by the rows' numbers.
     """
 
     text: str
@@ -526,6 +527,7 @@ class RecipeFacts:
     parameters: Mapping[str, str]
     steps: tuple[str, ...]
     dtype: str
+    by_tokens: bool = False
 
 
 @dataclass(frozen=True)

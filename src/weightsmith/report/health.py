@@ -252,9 +252,10 @@ def _alike(report: Report) -> Iterator[Finding]:
 
 
 def _tokens(report: Report) -> Iterator[Finding]:
-    strangers = _without_common_tensors(report)
+    # A result is no input: its tokens are what the recipe made of theirs.
+    told = {model.label for model in report.models}.difference(_without_common_tensors(report))
     for row in report.health.tokens:
-        if row.model in strangers:
+        if row.model not in told:
             continue
         figures = (
             Figure("tokens added", row.added, "tokens"),
@@ -273,11 +274,17 @@ def _tokens(report: Report) -> Iterator[Finding]:
         if not parts:
             continue
         such = f" (such as {listed(row.examples)})" if row.examples else ""
+        said = f"In {row.model}, {listed(parts)}{such}."
+        title = f"{row.model} has another vocabulary than {report.base.label}"
+        if _by_tokens(report):
+            text = f"{said} The recipe's tokenizer has their embeddings and heads merged by tokens."
+            yield Finding("vocabulary", "note", title, text, figures, (row.model,))
+            continue
         yield Finding(
             "vocabulary",
             "warning",
-            f"{row.model} has another vocabulary than {report.base.label}",
-            f"In {row.model}, {listed(parts)}{such}. Rows of embeddings and head are merged by number, so "
+            title,
+            f"{said} Rows of embeddings and head are merged by number, so "
             f"{'rows of different tokens would be mixed' if row.moved else 'rows that one model lacks do not fit'}: "
             "merge by tokens.",
             figures,
@@ -285,6 +292,10 @@ def _tokens(report: Report) -> Iterator[Finding]:
             action=f"weightsmith tokens {_reference(report, report.base.label)} {_reference(report, row.model)}\n"
             "# in the recipe:\ntokenizer: {source: union}",
         )
+
+
+def _by_tokens(report: Report) -> bool:
+    return report.recipe is not None and report.recipe.by_tokens
 
 
 def _reference(report: Report, label: str) -> str:
@@ -306,7 +317,10 @@ def _differences(report: Report, *kinds: str) -> dict[str, list[Difference]]:
 def _shapes(report: Report) -> Iterator[Finding]:
     strangers = _without_common_tensors(report)
     for label, rows in _differences(report, "missing", "extra", "shape").items():
-        if label in strangers:
+        if _by_tokens(report):
+            # Tables of tokens are brought to one shape by the recipe.
+            rows = [row for row in rows if row.kind != "shape" or component(row.tensor) not in TOKEN_TABLES]
+        if label in strangers or not rows:
             continue
         kinds = {kind: [row for row in rows if row.kind == kind] for kind in ("shape", "missing", "extra")}
         parts = [

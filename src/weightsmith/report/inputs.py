@@ -275,6 +275,7 @@ def _facts(recipe: Recipe, text: str, sides: Sequence[Side]) -> RecipeFacts:
         parameters=_settings({"parameters": recipe.model_dump(exclude_defaults=True).get("parameters", {})}),
         steps=tuple(recipe.steps),
         dtype=recipe.out_dtype or recipe.dtype or "",
+        by_tokens=any(one.asked_tokenizer is not None for one in (recipe, *recipe.steps.values())),
     )
 
 
