@@ -107,6 +107,21 @@ def test_what_is_the_same_as_written_is_drawn_flat():
     assert "▁▁▁▁" in line
 
 
+def test_a_mean_without_a_base_is_told_by_coefficients_of_all_its_models():
+    report = replace(example_report(layers=3, models=2, kind="merged"), base_named=False)
+    first, *others = (report.base.label, *report.composition.total[0].models)
+    given = iter([(0.25, 0.45), (0.2, 0.4), (0.3, 0.5), (0.25, 0.45), (0.25, 0.45), (0.25, 0.45)])
+    layers = tuple(replace(row, coefficients=next(given)) for row in report.composition.layers)
+    total = tuple(replace(row, coefficients=(0.25, 0.45)) for row in report.composition.total)
+    text = _text(replace(report, composition=replace(report.composition, total=total, layers=layers)), width=160)
+    table = text[text.index("How much of each input") :].splitlines()[2:5]
+    assert [line.split()[:2] for line in table] == [
+        [label, share] for label, share in zip((first, *others), ("0.300", "0.250", "0.450"), strict=True)
+    ]
+    assert "0.20 (" in table[0]
+    assert "0.40 (" in table[0]
+
+
 def test_pairs_beyond_the_first_are_counted():
     text = _text(example_report(layers=2, models=8))
     assert "… and 13 pairs nearer to orthogonal" in text

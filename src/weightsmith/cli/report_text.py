@@ -350,6 +350,9 @@ def _shares(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if total is None:
         return
     yield heading("How much of each input is in the result")
+    if not report.base_named:
+        yield from _coefficients(report, total, bars, width)
+        return
     rows = []
     for number, label in enumerate(total.models):
         layers = {
@@ -366,13 +369,34 @@ def _shares(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
                 *_drawn(report, layers, bars, percent),
             )
         )
-    if not report.base_named:
-        # Seen from the first model, what the others do not have of the result is its.
-        rest = 1.0 - math.fsum(total.coefficients)
-        rows.insert(0, (short_label(report.base.label), f"{rest:.3f}", "-", "-", "", "-", "-"))
     header = ("input", "coefficient", "cosine", "share", "share by layer", "least", "most")
     yield from fitting_tables(header, rows, width, (0, 4, 5, 6), together=3)
     yield paragraph(_explained(total))
+
+
+def _coefficients(report: Report, total: Composition, bars: str, width: int) -> Iterator[RenderableType]:
+    """Yield the coefficients of models without a base: they add up to 1, and shares of a change say nothing."""
+    found = {row.scope.layer: _with_first(report, row) for row in (*report.composition.layers, total)}
+    rows = [
+        (
+            short_label(label),
+            f"{found[None][label]:.3f}",
+            *_drawn(
+                report, {str(key): one[label] for key, one in found.items() if label in one}, bars, "{:.2f}".format
+            ),
+        )
+        for label in found[None]
+    ]
+    yield from fitting_tables(("input", "coefficient", "by layer", "least", "most"), rows, width, (0, 2, 3, 4))
+    yield paragraph(_explained(total))
+
+
+def _with_first(report: Report, row: Composition) -> dict[str, float]:
+    """Return the coefficients of all models: what the others do not have of a result is the first one's."""
+    return {
+        report.base.label: 1.0 - math.fsum(row.coefficients),
+        **dict(zip(row.models, row.coefficients, strict=True)),
+    }
 
 
 def _explained(total: Composition) -> str:

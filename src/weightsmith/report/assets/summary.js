@@ -44,7 +44,9 @@ function titled(title, about, heads, rows) {
 
 /** @param {Data} data */
 function title(data) {
-  const names = data.inputs.map((one) => data.models[one].label);
+  // Where nobody named a base, the first model is an input of the merge like the others.
+  const first = data.kind !== "models" && !data.baseNamed && data.inputs.length ? [0] : [];
+  const names = [...first, ...data.inputs].map((one) => data.models[one].label);
   const listed = names.length > 4 ? `${names.length} models` : names.join(", ");
   const base = data.models[0].label;
   if (data.kind === "merged") return [data.merged?.path ?? "A merge", ...(listed ? [listed] : [])].join(": ");
