@@ -76,7 +76,11 @@ def _fit_figures(found: Candidate | None) -> tuple[Figure, ...]:
 def _other_base(report: Report, found: Candidate | None) -> str:
     if found is None:
         return ""
-    names = {model.label: shlex.quote(model.reference) for model in (report.base, *report.models)}
+    references = {model.label: model.reference for model in (report.base, *report.models)}
+    # A step is a model in its own recipe alone.
+    if report.recipe is not None and {references[one] for one in (*found.models, found.label)} & {*report.recipe.steps}:
+        return ""
+    names = {label: shlex.quote(reference) for label, reference in references.items()}
     return f"weightsmith report {' '.join(names[one] for one in found.models)} --base {names[found.label]}"
 
 
