@@ -260,6 +260,15 @@ def test_vocabularies_are_compared_token_by_token(family):
     assert any("tokens of z are not known" in note for note in found.notes)
 
 
+def test_a_model_of_nothing_but_nan_has_the_tensors_of_the_base(family, write_model):
+    paths, models = family
+    nan = write_model("nan", {name: np.full_like(array, np.nan) for name, array in models["base"].items()})
+    for found in (ws.report(nan, base=paths["base"]), ws.report(paths["x"], base=nan)):
+        codes = [one.code for one in found.findings]
+        assert "nonfinite" in codes
+        assert "incomparable" not in codes
+
+
 def test_a_recipe_that_merges_by_tokens_is_not_told_to(family, tmp_path):
     paths, _ = family
     for label, tokens in (("base", "abc"), ("x", "abc"), ("y", "acbd")):

@@ -111,9 +111,11 @@ def _nonfinite(report: Report) -> Iterator[Finding]:
 
 
 def _without_common_tensors(report: Report) -> list[str]:
-    """Return the labels of models of which no entry was compared."""
-    compared = {row.model: row.entries for row in report.changes.total}
-    return [model.label for model in report.models if not compared.get(model.label)]
+    """Return the labels of models that hold no tensor of the base in its shape."""
+    # Entries compared do not tell it alone: a tensor of nothing but NaN is there, and has none.
+    shared = {label for one in report.tensors for label in one.dtypes}
+    shared |= {row.model for row in report.changes.total if row.entries}
+    return [model.label for model in report.models if model.label not in shared]
 
 
 def _incomparable(report: Report) -> Iterator[Finding]:
