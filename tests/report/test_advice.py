@@ -145,6 +145,7 @@ def test_frozen_parts_are_told(base):
     found = _advice(base, {"a": tuned(base, 1, only="mlp"), "b": tuned(base, 2)})
     assert found["frozen"].models == ("a",)
     assert "mlp_up and mlp_down" in found["frozen"].text
+    assert "as they were" in found["frozen"].text
     changed, still = (one.value for one in found["frozen"].figures)
     mlp = sum(array.size for name, array in base.items() if "mlp" in name)
     assert changed == 8
