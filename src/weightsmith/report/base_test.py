@@ -51,6 +51,9 @@ LEFT_OUT = TOKEN_TABLES | {"norm"}
 # where its cosine is below the middle of the two, and well below the named base's.
 CENTRE = 0.35
 CENTRE_GAIN = 0.15
+# Below it, the others lie on opposite sides of a model: it is made of them. From the mean of n models, their mean cosine
+# is -1/(n - 1).
+BETWEEN = -0.05
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def better_base(report: Report) -> Candidate | None:
     Fine-tunes of one model point away from it in directions that have little to do with each other. So from the true
     base, the cosines of task vectors are small; from a base that is itself one of the fine-tunes, every task vector
     contains the way back from it, and cosines are near 0.5; from an unrelated base they are near 0.5 for the
-    same reason. It takes two models besides the candidate to tell.
+    same reason. From a merge of the others, which lies between them, they are below zero. It takes two models besides
+    the candidate to tell.
 
     Args:
         report: its rows per tensor are what is looked at. Where nobody named its base, that is a model like the
@@ -165,7 +169,7 @@ def better_base(report: Report) -> Candidate | None:
     for label in models:
         family = [other for other in models if other != label and distances.related(label, other)]
         cosine = _mean_cosine(distances, label, family)
-        if cosine is None or cosine > CENTRE:
+        if cosine is None or not BETWEEN <= cosine <= CENTRE:
             continue
         if not report.base_named:
             found.append(Candidate(label, cosine, None, tuple(family)))
