@@ -51,8 +51,8 @@ LEFT_OUT = TOKEN_TABLES | {"norm"}
 # where its cosine is below the middle of the two, and well below the named base's.
 CENTRE = 0.35
 CENTRE_GAIN = 0.15
-# Below it, the others lie on opposite sides of a model: it is made of them. From the mean of n models, their mean cosine
-# is -1/(n - 1).
+# Below it, the others lie on opposite sides of a model: it is made of them. From the mean of n models, their mean
+# cosine is -1/(n - 1).
 BETWEEN = -0.05
 
 
