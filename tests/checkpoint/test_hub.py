@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weightsmith.checkpoint import hub
+from weightsmith.errors import CheckpointError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -95,3 +96,20 @@ def test_a_bundle_in_the_cache_is_enough_when_all_its_parts_are_there(write_mode
     assert list(found) == list(ws.open(models[2]))
     (snapshot / "tasks" / "one" / "model.safetensors").unlink()
     assert hub._in_cache("org/m", None) is None
+
+
+def test_a_network_that_is_not_there_is_one_line(cached, monkeypatch):
+    """HTTP libraries have errors of their own, which are no OSError."""
+
+    class ConnectError(Exception):
+        pass
+
+    def list_repo_files(*_, **__):
+        raise ConnectError("[Errno -2] Name or service not known\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    with pytest.raises(CheckpointError) as found:
+        hub.resolve("org/m", None)
+    assert str(found.value) == (
+        "there is no file or folder org/m here, and the hub does not give it: [Errno -2] Name or service not known"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 
@@ -77,6 +78,68 @@ def test_a_saved_report_is_shown_without_its_models(family, capsys, tmp_path):
     assert "is no JSON" in run(capsys, saved, "--text")[2]
     saved.write_text("{")
     assert "is no JSON" in run(capsys, saved, "--text")[2]
+
+
+def test_a_saved_report_is_not_measured_again(family, capsys, tmp_path):
+    saved = tmp_path / "saved.json"
+    assert run(capsys, family["x"], "--base", family["base"], "-o", saved)[0] == 0
+    for more in (["--base", family["base"]], ["--exact"], ["--matrices", "*"]):
+        code, _, err = run(capsys, saved, "--text", *more)
+        assert code == 2
+        assert "was measured when it was saved" in err
+    assert "name a saved report alone" in run(capsys, saved, family["x"], "--text")[2]
+
+
+def test_a_saved_report_that_somebody_changed_is_one_line(family, capsys, tmp_path):
+    saved = tmp_path / "saved.json"
+    assert run(capsys, family["x"], family["y"], "--base", family["base"], "-o", saved)[0] == 0
+    content = json.loads(saved.read_text())
+    content["spectra"][0]["energies"] = []
+    saved.write_text(json.dumps(content))
+    code, _, err = run(capsys, saved, "--text")
+    assert code == 1
+    assert err.startswith(f"error: {saved} does not fit together (")
+
+
+def test_json_that_is_no_report_is_named(family, capsys, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    assert "config.json is no report of weightsmith; models are named by their folders" in run(capsys, config)[2]
+    config.write_text('{"format": 99}')
+    assert "config.json: a report of format 99; this version reads 1" in run(capsys, config)[2]
+
+
+def test_where_a_report_goes_is_checked_before_anything_is_read(capsys, tmp_path):
+    """Nothing of the models is there, so a check that came after them would not be reached."""
+
+    def told(name):
+        code, _, err = run(capsys, tmp_path / "nowhere", "-o", tmp_path / name)
+        assert code == 1
+        return err
+
+    assert "findings.txt is to be a page (.html) or JSON (.json)" in told("findings.txt")
+    (tmp_path / "file").write_text("")
+    assert "file is no folder that may be written in" in told("file/report.html")
+    (tmp_path / "report.html").write_text("")
+    assert "report.html exists" in told("report.html")
+    assert "nowhere" in told("new.html")
+
+
+def test_a_folder_is_made_and_a_page_that_cannot_be_written_leaves_nothing(family, capsys, tmp_path, monkeypatch):
+    page = tmp_path / "reports" / "page.html"
+    command = [family["x"], "--base", family["base"], "-o", page]
+
+    def full(file, text, encoding):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", full)
+        code, _, err = run(capsys, *command)
+    assert (code, err) == (1, f"error: cannot write {page}: No space left on device\n")
+    assert not list(page.parent.iterdir())
+    assert run(capsys, *command)[0] == 0
+    assert [file.name for file in page.parent.iterdir()] == ["page.html"]
 
 
 def test_text_of_a_recipe_and_of_what_it_made(family, capsys, tmp_path):

@@ -13,7 +13,7 @@ from tests.report.plain import measured
 from weightsmith.api import merge_recipe
 from weightsmith.recipe.load import load_recipe
 from weightsmith.report.advice import MOST, advice, with_conclusions
-from weightsmith.report.findings import Report, Spectrum
+from weightsmith.report.findings import RecipeFacts, Report, Spectrum
 
 QUERIES = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(4)]
 
@@ -145,6 +145,7 @@ def test_frozen_parts_are_told(base):
     found = _advice(base, {"a": tuned(base, 1, only="mlp"), "b": tuned(base, 2)})
     assert found["frozen"].models == ("a",)
     assert "mlp_up and mlp_down" in found["frozen"].text
+    assert "as they were" in found["frozen"].text
     changed, still = (one.value for one in found["frozen"].figures)
     mlp = sum(array.size for name, array in base.items() if "mlp" in name)
     assert changed == 8
@@ -241,6 +242,22 @@ def test_without_a_base_only_that_is_said(base):
     found = _advice(tuned(base, 3), models, base_named=False)
     assert list(found) == ["name-base"]
     assert found["name-base"].action == "weightsmith report models/base models/a models/b --base models/root"
+
+
+def test_a_step_of_a_recipe_is_said_to_need_its_step(base):
+    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)})
+    step = report.models[0].reference
+    facts = RecipeFacts("", "ties", (), {}, (step,), "")
+    (found,) = advice(dataclasses.replace(report, kind="recipe", recipe=facts))
+    first, *rest = found.action.splitlines()
+    assert first == f"# beside the steps that make {step}"
+    assert [one.model for one in load_recipe("\n".join(rest)).models] == [step, report.models[1].reference]
+    # A command that names it would find nothing.
+    models = {"a": tuned(base, 1), "root": base, "b": tuned(base, 2)}
+    report = dataclasses.replace(measured(tuned(base, 3), models, base_named=False), kind="recipe", recipe=facts)
+    (found,) = advice(report)
+    assert (found.code, found.action) == ("name-base", "")
+    assert "as base_model in the recipe" in found.text
 
 
 def test_one_model_that_is_sound_gets_no_advice(base):

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.report.families import permuted, trained, tuned
+from tests.report.families import mixed, permuted, trained, tuned
 from tests.report.plain import measured
 from weightsmith.report.base_test import CHANCE, base_tests, better_base, nearness
 
@@ -162,6 +162,19 @@ def test_a_sibling_named_as_base_gives_way_to_the_root():
 def test_the_right_base_stays():
     base = trained(0)
     assert better_base(measured(base, {str(seed): tuned(base, seed) for seed in range(4)})) is None
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("common", [0.0, 2.0])
+def test_a_merge_of_the_models_is_no_base_of_theirs(count, common):
+    """Of models of one task, which share most of what they learned, just as of independent ones."""
+    base = trained(0)
+    start = mixed(base, [(tuned(base, 99), common)])
+    models = {str(seed): tuned(start, seed) for seed in range(count)}
+    models["mean"] = mixed(start, [(one, 1 / count) for one in models.values()])
+    assert better_base(measured(base, models)) is None
+    first = models.pop("0")
+    assert better_base(measured(first, models, base_named=False)) is None
 
 
 def test_a_model_that_hardly_moved_is_no_better_base_than_the_base():

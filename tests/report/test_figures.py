@@ -183,6 +183,19 @@ def test_histograms_are_those_of_all_entries(family, exact):
             assert 1 / 1.43 <= reached / np.sort(np.abs(tau))[-int(np.ceil(top * len(tau)))] <= 1.43
 
 
+@pytest.mark.parametrize("kind", ["standard_normal", "laplace"])
+@pytest.mark.parametrize("scale", [0.9, 0.01, 0.0137])
+def test_what_a_top_reaches_is_found_between_the_bounds_of_bins(kind, scale):
+    values = np.sort(np.abs(scale * getattr(np.random.default_rng(3), kind)(size=200_000)))
+    edges = [2.0 ** (half / 2) for half in range(-60, 20)]
+    shares = np.histogram(values, edges)[0] / len(values)
+    for top in (0.01, 0.05, 0.2):
+        assert distribution._reached(shares, edges, top) == pytest.approx(values[-round(top * len(values))], rel=0.03)
+    # All in one bin, and less than the top that moved at all.
+    assert 0.5 <= distribution._reached(np.array([0.0, 1.0, 0.0]), [0.25, 0.5, 1.0, 2.0], 0.05) <= 1.0
+    assert distribution._reached(np.array([0.0, 0.01, 0.0]), [0.25, 0.5, 1.0, 2.0], 0.05) == 0.0
+
+
 def test_a_sample_is_spread_over_the_tensor_and_always_the_same():
     size = 3 * distribution.SAMPLE + 12_345
     cuts = [0, 1000, 70_000, 70_001, 150_000, size]

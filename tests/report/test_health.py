@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,8 +7,18 @@ import pytest
 from tests.report.families import permuted, trained, tuned
 from tests.report.plain import measured
 from weightsmith.report.advice import with_conclusions
-from weightsmith.report.findings import Difference, DtypeShare, Health, Report, Rows, Scoped, TokenDifference
+from weightsmith.report.findings import (
+    Difference,
+    DtypeShare,
+    Health,
+    RecipeFacts,
+    Report,
+    Rows,
+    Scoped,
+    TokenDifference,
+)
 from weightsmith.report.health import health
+from weightsmith.report.wording import percent, times
 
 EMBEDDINGS, MATRIX = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 
@@ -61,15 +72,20 @@ def test_replaced_layers_are_named(base):
     assert "another order" not in found.text
 
 
-def test_a_model_with_none_of_the_tensors_is_said_to_have_none(base):
-    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)})
+def _apart(base, tables=None):
+    """Return a report in which b has no tensor of the base."""
+    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)}, health=tables)
     changes = Scoped(
         **{
             field.name: tuple(row for row in getattr(report.changes, field.name) if row.model != "b")
             for field in dataclasses.fields(Scoped)
         }
     )
-    report = dataclasses.replace(report, changes=changes, agreements=Scoped(), conflicts=Scoped(), overlaps=Scoped())
+    return replace(report, changes=changes, agreements=Scoped(), conflicts=Scoped(), overlaps=Scoped())
+
+
+def test_a_model_with_none_of_the_tensors_is_said_to_have_none(base):
+    report = _apart(base)
     (found,) = health(report)
     assert (found.code, found.level, found.models) == ("incomparable", "error", ("b",))
     assert with_conclusions(report).advice == ()
@@ -117,11 +133,10 @@ def test_other_tensors_are_told(base, kind, level):
 
 def _with_dtype(report, label, dtype):
     models = tuple(
-        dataclasses.replace(one, dtypes=(DtypeShare(dtype, 1, 1, 1),)) if one.label == label else one
-        for one in report.models
+        replace(one, dtypes=(DtypeShare(dtype, 1, 1, 1),)) if one.label == label else one for one in report.models
     )
     changed = Health(differences=(Difference(label, MATRIX, "dtype", "float32", dtype),))
-    return dataclasses.replace(report, models=models, health=changed)
+    return replace(report, models=models, health=changed)
 
 
 def test_rounding_is_told_from_training(base):
@@ -149,6 +164,59 @@ def test_padding_of_the_vocabulary_is_normal_and_dead_rows_of_a_matrix_are_not(b
     assert found[0].figures[0].value == 5
 
 
+def test_of_a_model_without_a_common_tensor_no_more_is_told(base):
+    """That tokens and tensors differ as well is no news, and merging by tokens is no way out."""
+    tables = Health(
+        differences=(Difference("b", EMBEDDINGS, "missing", "[80, 64]", ""),),
+        tokens=(TokenDifference("b", 3, 0, 0, ("x",)),),
+        rows=(Rows("b", f"other.{EMBEDDINGS}", 80, 3, (77, 78, 79), 0, (), 0),),
+    )
+    assert _codes(health(_apart(base, tables))) == ["incomparable", "token-rows"]
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_shapes_of_tables_are_a_matter_of_the_recipe_that_merges_by_tokens(base, by_tokens):
+    rows = tuple(Difference("a", name, "shape", "[80, 64]", "[90, 64]") for name in (EMBEDDINGS, "lm_head.weight"))
+    report = measured(base, {"a": tuned(base, 1), "b": tuned(base, 2)}, health=Health(differences=rows))
+    facts = RecipeFacts("", "linear", (), {}, (), "", by_tokens=by_tokens)
+    assert _codes(health(replace(report, recipe=facts))) == (["healthy"] if by_tokens else ["tensors"])
+
+
+def test_verbs_go_with_their_numbers(base):
+    one = Rows("a", MATRIX, 96, 1, (1,), 0, (), 1)
+    assert f"1 row of 96 in {MATRIX} of a is zero and was not in base" in _health(base, Health(rows=(one,)))[0].text
+    two = replace(one, dead=2, new_dead=2)
+    assert "are zero and were not in base" in _health(base, Health(rows=(two,)))[0].text
+    still = replace(one, dead=0, new_dead=0, duplicated=1)
+    assert f"{MATRIX} holds up to 1 row twice" in _health(base, Health(rows=(still,)))[0].text
+
+
+def test_one_model_alone_is_looked_at_and_not_compared(base):
+    report = replace(measured(base, {"a": tuned(base, 1)}), models=(), tensors=())
+    (found,) = health(report)
+    assert found.text == f"{report.base.tensors} tensors looked at: no NaN or infinity."
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.0, "100%"),
+        (0.9999, "99.9%"),
+        (0.0, "0%"),
+        (9999.0, "999900%"),
+        (1.59e28, "1.6e+30%"),
+        (1e-9, "less than 0.001%"),
+    ],
+)
+def test_shares_are_short_however_large(value, text):
+    assert percent(value) == text
+
+
+def test_ratios_are_short_however_large():
+    found = [times(one) for one in (0.34, 2.44, 31.0, 2e5, 7.2e29)]
+    assert found == ["0.34 times", "2.4 times", "31 times", "200,000 times", "7.2e+29 times"]
+
+
 def test_heads_that_differ_are_told(base):
     rows = (
         Difference("a", "lm_head.weight", "tied", "", "[80, 64]"),
@@ -165,7 +233,7 @@ def test_the_gravest_comes_first_and_all_have_figures(base):
     broken[MATRIX] = np.where(np.eye(*broken[MATRIX].shape) > 0, np.nan, broken[MATRIX])
     report = measured(base, {"a": broken, "x": trained(5), "again": dict(base)})
     tokens = (TokenDifference("a", 2, 0, 5, ("<x>",)),)
-    found = health(dataclasses.replace(report, health=dataclasses.replace(report.health, tokens=tokens)))
+    found = health(replace(report, health=replace(report.health, tokens=tokens)))
     assert [one.level for one in found] == ["error", "error", "warning", "warning"]
     assert all(one.figures for one in found)
-    assert Report.from_json(dataclasses.replace(report, findings=found).to_json()).findings == found
+    assert Report.from_json(replace(report, findings=found).to_json()).findings == found

@@ -75,6 +75,18 @@ def test_layers_of_one_input_are_named(base, models):
     assert "present" in found
 
 
+def test_what_lies_around_the_layers_is_named_in_words(base, models):
+    result = mixed(base, [(one, 0.6) for one in models.values()])
+    alone = mixed(base, [(models["b"], 1.0)])
+    result = {name: array if name.startswith("model.layers.") else alone[name] for name, array in result.items()}
+    report = measured(base, models, result=result)
+    found = {one.code: one for one in outcome(report)}["dominated"]
+    assert found.scope.layer in {layer.key for layer in report.layers}
+    assert "what lies before the layers" in found.text
+    # Shares are of what is explained, which is not all.
+    assert found.text.startswith("Of what inputs explain of the change of ")
+
+
 def test_a_result_that_went_elsewhere_is_told(base, models):
     found = {one.code: one for one in outcome(measured(base, models, result=tuned(base, 77)))}
     assert found["unexplained"].figures[0].value < 0.05

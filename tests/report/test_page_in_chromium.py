@@ -633,6 +633,61 @@ def test_overlap_has_its_chance_level_in_words(show):
     assert column(page, "#overlap .twin table", 3)[0] == "1.23"
 
 
+def test_chance_is_seen_where_no_line_can_be(show):
+    """A line of one point is not drawn: what lies before and after the layers, or a single layer."""
+    report = example_report(3, 2)
+    page = show(report)
+    values = [row for row in report.overlaps.layers if row.top == report.overlaps.total[0].top]
+    alone = sum(row.chance is not None and row.scope.layer in ("before", "after") for row in values)
+    assert alone
+    # The values of the one pair are circles.
+    assert page.run("document.querySelectorAll('#overlap-by-layer [aria-label=dot] path').length") == alone
+
+
+def test_names_turn_no_writing_round_and_hide_nothing(show):
+    report = example_report(1, 1)
+    page = show(replace(report, notes=("a\u202eb \x1b c\u200bd \ud800 ä\n漢 👩",)))
+    found = page.run("document.querySelector('#notes li').textContent")
+    assert found == r"a\u202eb \u001b c\u200bd \ud800 ä" + "\n漢 👩"
+
+
+def test_a_mean_without_a_base_is_told_by_coefficients_of_all_its_models(show):
+    report = replace(example_report(2, 2, "merged"), base_named=False)
+    page = show(report)
+    (total,) = report.composition.total
+    labels = [report.base.label, *total.models]
+    assert page.run("document.querySelector('h1').innerText").endswith(": " + ", ".join(labels))
+    page.run("document.querySelector('#composition-by-layer .actions button').click()")
+    heads = page.run(
+        "[...document.querySelectorAll('#composition-by-layer .twin th')].map((one) => one.innerText.trim())"
+    )
+    assert [one.split()[0] for one in heads[1:]] == labels
+    for row, cells in zip(report.composition.layers, range(len(report.composition.layers)), strict=True):
+        found = [column(page, "#composition-by-layer .twin table", place)[cells] for place in (1, 2, 3)]
+        expected = [1 - sum(row.coefficients), *row.coefficients]
+        assert [float(one.replace("\u2212", "-")) for one in found] == pytest.approx(expected, abs=1e-3)
+    assert column(page, "#composition .block table", 0)[:3] == labels
+    assert page.complaints == []
+
+
+def test_lines_of_noise_are_flat(show):
+    report = example_report(4, 2)
+    rows = tuple(replace(row, cosine=0.001 * (-1) ** number) for number, row in enumerate(report.agreements.layers))
+    page = show(replace(report, agreements=replace(report.agreements, layers=rows)))
+    ticks = page.run(
+        "[...document.querySelectorAll('#agreement-by-layer [aria-label=\"y-axis tick label\"] text')].map((one) => one.textContent)"
+    )
+    assert max(float(one.replace("\u2212", "-")) for one in ticks) == 0.1
+
+
+def test_notes_stand_before_all_figures(show):
+    report = example_report(2, 0)
+    note = "models/base cannot be opened any more"
+    page = show(replace(report, kind="merged", notes=(note,)))
+    assert page.run("document.querySelector('#summary #notes').innerText") == note
+    assert page.run("document.querySelector('h1').innerText") == "A merge"
+
+
 def test_keyboard_reaches_the_content_and_focus_is_seen(show):
     page = show(example_report(2, 2))
     page.run("document.body.focus()")

@@ -115,6 +115,25 @@ def test_by_default_some_projections_of_three_layers_are_taken(write_model):
     assert (sampling.looked_at, sampling.of) == (3, 2 * 7 + 2)
 
 
+def test_models_of_other_parts_have_their_largest_matrices_taken(write_model):
+    rng = np.random.default_rng(0)
+    names = ("blocks.{}.wide.weight", "blocks.{}.narrow.weight")
+    base = {
+        name.format(layer): rng.standard_normal((12, width)).astype(np.float32)
+        for layer in range(5)
+        for name, width in zip(names, (20, 10), strict=True)
+    }
+    base["embed_tokens.weight"] = rng.standard_normal((90, 12)).astype(np.float32)
+    other = {name: array + np.float32(0.01) for name, array in base.items()}
+    found = ws.report(write_model("x", other), base=write_model("base", base))
+    assert [row.tensor for row in found.spectra] == [f"blocks.{layer}.wide.weight" for layer in (0, 2, 4)]
+    assert found.sampling[0].rule.startswith("the largest matrix of the first, middle and last layer")
+    flat = {name.replace("blocks.", "part"): array for name, array in base.items()}
+    other = {name: array + np.float32(0.01) for name, array in flat.items()}
+    found = ws.report(write_model("y", other), base=write_model("flat", flat))
+    assert [row.tensor for row in found.spectra] == [f"part{layer}.wide.weight" for layer in (0, 1, 2)]
+
+
 def test_matrices_are_chosen_by_pattern(write_model):
     base = llama_tensors(0, hidden=16)
     path = write_model("base", base)

@@ -170,6 +170,41 @@ def test_inputs_that_are_gone_or_changed_are_told_of(family, tmp_path):
     assert (alone.base.label, alone.models, alone.result) == ("out", (), None)
 
 
+def test_a_folder_that_is_gone_is_not_looked_for_on_a_hub(family, tmp_path, monkeypatch):
+    """``org/model`` is a hub's way to name models, and a folder's that was named from the one above."""
+    paths, _ = family
+    monkeypatch.chdir(tmp_path)
+    for name in "bxy":
+        shutil.copytree(paths.get(name, paths["base"]), tmp_path / "models" / name)
+    ws.merge_recipe(
+        """
+steps:
+  mean: {merge_method: linear, models: [{model: models/x}, {model: models/y}], parameters: {weight: 1}}
+merge_method: task_arithmetic
+base_model: models/b
+models: [{model: mean}, {model: models/x}]
+parameters: {weight: 0.5}
+"""
+    ).save(tmp_path / "out")
+
+    def resolve(model, revision):
+        raise AssertionError(f"{model} was looked for on a hub")
+
+    monkeypatch.setattr("weightsmith.checkpoint.resolve", resolve)
+    shutil.rmtree(tmp_path / "models" / "y")
+    found = ws.report("out")
+    assert [one.label for one in found.models] == ["x"]
+    assert any(note.startswith("mean cannot be opened any more") for note in found.notes)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    alone = ws.report("../out")
+    assert alone.models == ()
+    assert any(
+        "there is no models/b/model.safetensors here; run the report in the folder that the merge was run in" in note
+        for note in alone.notes
+    )
+
+
 def test_layers_put_together_anew_are_not_taken_apart_by_number(family, tmp_path):
     paths, _ = family
     text = f"""merge_method: passthrough
@@ -223,6 +258,36 @@ def test_vocabularies_are_compared_token_by_token(family):
     (row,) = found.health.tokens
     assert (row.model, row.added, row.removed, row.moved, row.examples) == ("y", 1, 0, 2, ("d", "c", "b"))
     assert any("tokens of z are not known" in note for note in found.notes)
+
+
+def test_a_model_of_nothing_but_nan_has_the_tensors_of_the_base(family, write_model):
+    paths, models = family
+    nan = write_model("nan", {name: np.full_like(array, np.nan) for name, array in models["base"].items()})
+    for found in (ws.report(nan, base=paths["base"]), ws.report(paths["x"], base=nan)):
+        codes = [one.code for one in found.findings]
+        assert "nonfinite" in codes
+        assert "incomparable" not in codes
+
+
+def test_a_recipe_that_merges_by_tokens_is_not_told_to(family, tmp_path):
+    paths, _ = family
+    for label, tokens in (("base", "abc"), ("x", "abc"), ("y", "acbd")):
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary}}
+        (paths[label] / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (paths[label] / "tokenizer_config.json").write_text("{}")
+    by_number, by_tokens = tmp_path / "number.yaml", tmp_path / "tokens.yaml"
+    by_number.write_text(recipe(paths))
+    by_tokens.write_text(recipe(paths, more="tokenizer: {source: union}\n"))
+    found = {one.code: one for one in ws.report(by_number).findings}
+    assert (found["vocabulary"].level, "tokenizer: {source: union}" in found["vocabulary"].action) == ("warning", True)
+    found = {one.code: one for one in ws.report(by_tokens).findings}
+    assert (found["vocabulary"].level, found["vocabulary"].action) == ("note", "")
+    # The result has another vocabulary than the base as well, and is no input.
+    ws.merge_recipe(by_tokens).save(tmp_path / "out")
+    merged = ws.report(tmp_path / "out")
+    assert {row.model for row in merged.health.tokens} == {"y", "out"}
+    assert [one.models for one in merged.findings if one.code == "vocabulary"] == [("y",)]
 
 
 def test_packages_that_are_functions_stay_so_when_they_are_imported(family):

@@ -29,6 +29,8 @@ COMPONENTS = (
     "other",
     "head",
 )
+# Tables of tokens and their heads: their rows are those of a vocabulary, not of the model's own width.
+TOKEN_TABLES = frozenset({"embedding", "head"})
 _FUSED = re.compile(r"(^|[._])(qkv|in_proj|c_attn|query_key_value|Wqkv|qkv_proj)(_weight|_bias)?([._]|$)")
 _OUT = re.compile(r"(^|[._])(attn|attention)\.proj(\.|$)")
 # PyTorch's own transformer names its MLP by number alone.

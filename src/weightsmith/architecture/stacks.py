@@ -51,6 +51,8 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for role, pattern in (
         ("router", r"(^|\.)(router|gate|shared_expert_gate)(\.|$)"),
         ("expert", r"experts?\."),
+        # The ways into and out of a block of a UNet, which has its attention and its MLP in it.
+        ("attention", r"(^|\.)attentions\.\d+\.proj_(in|out)(\.|$)"),
         (
             "head",
             r"(^|\.)(lm_head|embed_out|score|classifier|head|cls|pooler|output_layer|output_projection|qa_outputs"
@@ -62,7 +64,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("attention_k", r"(\.)(k|key|to_k|wk|k_proj|k_lin)(\.|$)"),
         ("attention_v", r"(\.)(v|value|to_v|wv|v_proj|v_lin)(\.|$)"),
         ("attention_o", _ATTENTION + r"(o|o_proj|out_proj|out_lin|c_proj|to_out|wo|dense)(\.|$)"),
-        ("attention", r"(attn|attention|Attention|qkv)"),
+        ("attention", r"(attn|attention(?!s\.\d+\.transformer_blocks)|Attention|qkv)"),
         ("conv", r"conv"),
         ("mlp", r"(mlp|ffn?|feed_forward|intermediate|DenseReluDense|fc\d|dense|w[123]|output)(\.|$|_)"),
     )

@@ -164,6 +164,9 @@ def _drawn(
     step = -(-len(found) // _WIDEST)
     heights = [max(value for value, _ in found[i : i + step]) for i in range(0, len(found), step)]
     spread = most[0] - least[0]
+    if written(least[0]) == written(most[0]):
+        # What is the same as far as it is written is not drawn as hills.
+        spread = 0.0
     drawn = "".join(bars[round((height - least[0]) / spread * (len(bars) - 1)) if spread else 0] for height in heights)
     first, last = (f"{written(value)} ({short_label(layer)})" for value, layer in (least, most))
     return drawn, first, last
@@ -190,10 +193,12 @@ def _pairs(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if len(shown) < len(pairs):
         yield paragraph(f"… and {counted(len(pairs) - len(shown), 'pair')} nearer to orthogonal")
     yield from _conflicts(report, bars)
-    chance = [row.chance for row in overlaps.values() if row.chance is not None]
+    # Ties make sets larger than 5%, and those of models in a coarse dtype are of many sizes.
+    chance = sorted(overlaps[pair].chance or 0.0 for row in shown if (pair := (row.first, row.second)) in overlaps)
+    ends = dict.fromkeys([percent(chance[0]), percent(chance[-1])]) if chance else ()
     yield paragraph(
         "one sign: of the entries that both moved; conflict: share of the movement against the elected sign; top 5%: "
-        "share of the entries moved most that both have" + (f", by chance {percent(max(chance))}" if chance else "")
+        "share of the entries moved most that both have" + (f", by chance {' to '.join(ends)}" if ends else "")
     )
 
 
@@ -333,10 +338,10 @@ def _merged(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
             before = f"; {run.resumed:,} of {run.tensors:,} tensors by a run before" if run.resumed else ""
             told = f"{run.seconds:,.1f} s with {counted(run.threads, 'thread')}{before}"
             yield paragraph(f"merged in {told}; {size(run.bytes_read)} read, {size(run.bytes_written)} written", 2)
-        for state, text in (("missing", "is no longer there"), ("changed", "was changed since")):
+        for state, text in (("missing", "no longer there"), ("changed", "changed since")):
             names = [printable(one.path) for one in made.inputs if one.state == state]
             if names:
-                yield paragraph(f"{listed(names)} {text}", 2)
+                yield paragraph(f"{text}: {listed(names)}", 2)
     yield from _shares(report, bars, width)
 
 
@@ -345,6 +350,9 @@ def _shares(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
     if total is None:
         return
     yield heading("How much of each input is in the result")
+    if not report.base_named:
+        yield from _coefficients(report, total, bars, width)
+        return
     rows = []
     for number, label in enumerate(total.models):
         layers = {
@@ -361,13 +369,34 @@ def _shares(report: Report, bars: str, width: int) -> Iterator[RenderableType]:
                 *_drawn(report, layers, bars, percent),
             )
         )
-    if not report.base_named:
-        # Seen from the first model, what the others do not have of the result is its.
-        rest = 1.0 - math.fsum(total.coefficients)
-        rows.insert(0, (short_label(report.base.label), f"{rest:.3f}", "-", "-", "", "-", "-"))
     header = ("input", "coefficient", "cosine", "share", "share by layer", "least", "most")
     yield from fitting_tables(header, rows, width, (0, 4, 5, 6), together=3)
     yield paragraph(_explained(total))
+
+
+def _coefficients(report: Report, total: Composition, bars: str, width: int) -> Iterator[RenderableType]:
+    """Yield the coefficients of models without a base: they add up to 1, and shares of a change say nothing."""
+    found = {row.scope.layer: _with_first(report, row) for row in (*report.composition.layers, total)}
+    rows = [
+        (
+            short_label(label),
+            f"{found[None][label]:.3f}",
+            *_drawn(
+                report, {str(key): one[label] for key, one in found.items() if label in one}, bars, "{:.2f}".format
+            ),
+        )
+        for label in found[None]
+    ]
+    yield from fitting_tables(("input", "coefficient", "by layer", "least", "most"), rows, width, (0, 2, 3, 4))
+    yield paragraph(_explained(total))
+
+
+def _with_first(report: Report, row: Composition) -> dict[str, float]:
+    """Return the coefficients of all models: what the others do not have of a result is the first one's."""
+    return {
+        report.base.label: 1.0 - math.fsum(row.coefficients),
+        **dict(zip(row.models, row.coefficients, strict=True)),
+    }
 
 
 def _explained(total: Composition) -> str:

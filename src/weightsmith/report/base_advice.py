@@ -76,7 +76,11 @@ def _fit_figures(found: Candidate | None) -> tuple[Figure, ...]:
 def _other_base(report: Report, found: Candidate | None) -> str:
     if found is None:
         return ""
-    names = {model.label: shlex.quote(model.reference) for model in (report.base, *report.models)}
+    references = {model.label: model.reference for model in (report.base, *report.models)}
+    # A step is a model in its own recipe alone.
+    if report.recipe is not None and {references[one] for one in (*found.models, found.label)} & {*report.recipe.steps}:
+        return ""
+    names = {label: shlex.quote(reference) for label, reference in references.items()}
     return f"weightsmith report {' '.join(names[one] for one in found.models)} --base {names[found.label]}"
 
 
@@ -86,13 +90,14 @@ def name_base(report: Report) -> Iterator[Finding]:
         return
     found = better_base(report)
     fits = "" if found is None else f" {found.label} would fit: {_fit(found)}."
+    where = "with --base" if report.kind == "models" else "as base_model in the recipe"
     distance = {row.model: row.relative or 0.0 for row in report.changes.total}
     yield Finding(
         "name-base",
         "note",
         "Name the base",
         f"No base was named, so figures say how models differ from {report.base.label}, not what training did, and "
-        f"there is no advice on signs, strengths and ranks. Name with --base what they were trained from.{fits}",
+        f"there is no advice on signs, strengths and ranks. Name {where} what they were trained from.{fits}",
         tuple(
             Figure(f"{label}: distance from {report.base.label} over its norm", value, "ratio")
             for label, value in distance.items()

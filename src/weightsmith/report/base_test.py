@@ -8,7 +8,7 @@ tells the two apart: among three networks that were trained apart (silero-vad 5.
 How large a cosine chance makes: let A and B be matrices of m rows, and the directions that one of them uses among
 the rows be random against the other's. Then E cos(A, B) = 0, and E cos(A, B)^2 <= 1/m, whatever else the two have in
 common; independent entries give 1/(m n). We take the smaller side for m, so ``cos * sqrt(min(m, n))`` is at most a
-standard normal z value, and z values of k matrices add up to one over ``sqrt(k)`` (Stouffer). With a millions of
+standard normal z value, and z values of k matrices add up to one over ``sqrt(k)`` (Stouffer). With millions of
 entries every trace of a relation is beyond chance, so a small p value alone says little: the verdict goes by size.
 
 Only matrices are looked at. Norms and biases are near 1 or 0 in every model, trained together or not: biases of those
@@ -23,9 +23,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from weightsmith.architecture.components import TOKEN_TABLES
 from weightsmith.report.findings import Agreement, BaseTest, Change, Figure, Report, TensorFacts
 
 # Of two vectors of one length with a cosine above this, each is nearer to the other than to zero.
@@ -43,12 +45,15 @@ SAME_NORM = 2e-3
 # Matrices with fewer rows or columns have too large cosines by chance.
 SMALLEST_SIDE = 16
 # Left out: see above.
-LEFT_OUT = frozenset({"norm", "embedding", "head"})
+LEFT_OUT = TOKEN_TABLES | {"norm"}
 # Task vectors from their true base are orthogonal or a little alike (arXiv:2212.04089); from a base that is
 # itself such a fine-tune, cosines are near 0.5, as of the edges of a regular simplex. A model is suggested as a base
 # where its cosine is below the middle of the two, and well below the named base's.
 CENTRE = 0.35
 CENTRE_GAIN = 0.15
+# Below it, the others lie on opposite sides of a model: it is made of them. From the mean of n models, their mean
+# cosine is -1/(n - 1).
+BETWEEN = -0.05
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,11 @@ class Nearness:
 
     @property
     def p(self) -> float:
-        """The chance of such a z value, or a larger one, of weights that have nothing to do with the base's."""
-        return 0.5 * math.erfc(self.z / math.sqrt(2.0))
+        """The chance of such a z value, or a larger one, of weights that have nothing to do with the base's.
+
+        It is an upper bound, so it is never 0: below the least normal number of float64, that number stands for it.
+        """
+        return max(0.5 * math.erfc(self.z / math.sqrt(2.0)), sys.float_info.min)
 
     @property
     def mixed(self) -> bool:
@@ -145,7 +153,8 @@ def better_base(report: Report) -> Candidate | None:
     Fine-tunes of one model point away from it in directions that have little to do with each other. So from the true
     base, the cosines of task vectors are small; from a base that is itself one of the fine-tunes, every task vector
     contains the way back from it, and cosines are near 0.5; from an unrelated base they are near 0.5 for the
-    same reason. It takes two models besides the candidate to tell.
+    same reason. From a merge of the others, which lies between them, they are below zero. It takes two models besides
+    the candidate to tell.
 
     Args:
         report: its rows per tensor are what is looked at. Where nobody named its base, that is a model like the
@@ -160,7 +169,7 @@ def better_base(report: Report) -> Candidate | None:
     for label in models:
         family = [other for other in models if other != label and distances.related(label, other)]
         cosine = _mean_cosine(distances, label, family)
-        if cosine is None or cosine > CENTRE:
+        if cosine is None or not BETWEEN <= cosine <= CENTRE:
             continue
         if not report.base_named:
             found.append(Candidate(label, cosine, None, tuple(family)))

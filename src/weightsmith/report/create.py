@@ -18,10 +18,10 @@ from weightsmith.report.advice import with_conclusions
 from weightsmith.report.distribution import SAMPLE, SAMPLE_RULE, histograms, overlaps
 from weightsmith.report.findings import Health, Nonfinite, Report, Rows, Sampling, Scoped, TensorFacts, Timing
 from weightsmith.report.inputs import Inputs, find_inputs
-from weightsmith.report.measure import Found, Subject, measure_all, subjects
+from weightsmith.report.measure import Found, measure_all, subjects
 from weightsmith.report.quantities import Quantities
 from weightsmith.report.scopes import Distributions, OfTensor, Scopes
-from weightsmith.report.spectra import CHOICE_RULE, METHOD_RULE, Spectra, choose, decompose
+from weightsmith.report.spectra import METHOD_RULE, Choice, Spectra, choose, decompose
 
 
 def report(
@@ -43,7 +43,7 @@ def report(
         base: the base of the models. Without it, the first model stands in for it.
         exact: whether nothing is sampled: all entries are ranked, and all singular values computed.
         matrices: a pattern of names with ``*`` and ``?``, or several: the matrices whose singular values are computed;
-            by default those of some projections in the first, middle and last layer.
+            by default those of some projections in the first, middle and last layer, or of the largest matrices there.
         threads: how many threads to use; by default one per core.
         progress: told of progress.
 
@@ -60,7 +60,7 @@ def report(
         making = _Making(inputs, exact)
         chosen = choose(making.subjects, making.architecture, patterns)
     making.timings.append(Timing("open", time.monotonic() - started, 0))
-    making.run(chosen, threads or default_threads(), progress or Silent(), by_pattern=bool(patterns))
+    making.run(chosen, threads or default_threads(), progress or Silent())
     return with_conclusions(making.report())
 
 
@@ -86,10 +86,10 @@ class _Making:
         self.looked_at = self.of = 0
         self.spectra = Spectra((), ())
 
-    def run(self, chosen: Sequence[Subject], threads: int, listener: ProgressListener, *, by_pattern: bool) -> None:
+    def run(self, chosen: Choice, threads: int, listener: ProgressListener) -> None:
         """Read everything."""
         nbytes = sum(one.nbytes for one in self.subjects)
-        more = sum(one.nbytes for one in chosen)
+        more = sum(one.nbytes for one in chosen.matrices)
         listener.start(nbytes + more, len(self.subjects), 0)
         try:
             with ThreadMapper(threads, matrices=True) as mapper:
@@ -99,7 +99,7 @@ class _Making:
                 self.timings.append(Timing("read and measure", time.monotonic() - started, nbytes))
                 started = time.monotonic()
                 labels = self.labels[: self.quantities.voters]
-                self.spectra = decompose(chosen, labels, self.architecture, mapper, listener, exact=self.exact)
+                self.spectra = decompose(chosen.matrices, labels, self.architecture, mapper, listener, exact=self.exact)
                 self.timings.append(Timing("singular values", time.monotonic() - started, more))
         finally:
             listener.finish()
@@ -109,11 +109,10 @@ class _Making:
                 for statistic in ("overlap", "histogram")
             ]
         candidates = sum(one.voters > 0 and len(one.tensors[0].shape) > 1 for one in self.subjects)
-        rule = "those whose names fit the patterns that were given" if by_pattern else CHOICE_RULE
         method = "" if all(one.exact for one in self.spectra.spectra) else f"; {METHOD_RULE}"
         if candidates:
             self.sampling += [
-                Sampling(statistic, rule + method, len(chosen), candidates, "matrices")
+                Sampling(statistic, chosen.rule + method, len(chosen.matrices), candidates, "matrices")
                 for statistic in ("spectra", "subspaces")
             ]
 

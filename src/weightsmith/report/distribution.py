@@ -278,10 +278,16 @@ def _edge(place: int) -> float:
 
 
 def _reached(shares: Array, edges: Sequence[float], top: float) -> float:
-    """Return the magnitude that a share of all entries reach: between the bounds of its bin on the scale of logs."""
-    left = top
+    """Return the magnitude that a share of all entries reach.
+
+    Between the bounds of its bin, the logarithm of the share beyond is taken to fall evenly over that of the magnitude:
+    within 3% for normal and Laplace distributions (inferred). In the highest bin entries are spread evenly instead.
+    """
+    beyond = 0.0
     for place in range(len(shares) - 1, -1, -1):
-        if shares[place] >= left > 0:
-            return float(edges[place + 1] * (edges[place] / edges[place + 1]) ** (left / shares[place]))
-        left -= shares[place]
+        reaching = beyond + shares[place]
+        if reaching >= top:
+            part = math.log(top / beyond) / math.log(reaching / beyond) if beyond > 0.0 else top / reaching
+            return float(edges[place + 1] * (edges[place] / edges[place + 1]) ** part)
+        beyond = reaching
     return 0.0

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from weightsmith.report.base_test import nearness
 from weightsmith.report.findings import Agreement, Change, Report
 from weightsmith.report.health import duplicates, unmoved
-from weightsmith.report.recipe_text import recipe_text
+from weightsmith.report.recipe_text import recipe_text, yaml_text
+from weightsmith.report.wording import listed
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Family:
         pairs: how each two lie to each other.
         references: how to name each in a recipe; the base too.
         base: the base's label.
+        steps: names of the recipe's steps, some of which may be models here.
     """
 
     labels: tuple[str, ...]
@@ -31,6 +33,7 @@ class Family:
     pairs: tuple[Agreement, ...]
     references: dict[str, str]
     base: str
+    steps: tuple[str, ...] = ()
 
     @property
     def norms(self) -> list[float]:
@@ -47,7 +50,10 @@ class Family:
     def recipe(self, method: str, weights: Sequence[float], rules: Sequence[str] = ()) -> str:
         """Return a recipe for these models; see :func:`weightsmith.report.recipe_text.recipe_text`."""
         models = {self.references[label]: weight for label, weight in zip(self.labels, weights, strict=True)}
-        return recipe_text(method, self.references[self.base], models, rules)
+        text = recipe_text(method, self.references[self.base], models, rules)
+        named = [one for one in (self.references[self.base], *models) if one in self.steps]
+        # A step is a model in its own recipe alone.
+        return f"# beside the steps that make {listed(list(map(yaml_text, named)))}\n{text}" if named else text
 
 
 def family_of(report: Report) -> Family:
@@ -72,4 +78,5 @@ def family_of(report: Report) -> Family:
         tuple(row for row in report.agreements.total if row.first in labels and row.second in labels),
         {model.label: model.reference for model in (report.base, *report.models)},
         report.base.label,
+        () if report.recipe is None else report.recipe.steps,
     )

@@ -362,7 +362,7 @@ class Histogram:
         kurtosis: excess kurtosis: 0 for a normal distribution, 3 for a Laplace distribution. None where the
             deviation is 0.
         quantiles: magnitude that each of the shares in ``tops`` of the entries reach, over the scope as a whole; found
-            within a bin as if entries were spread evenly over the logarithm.
+            from the bins, within some 3% for smooth distributions.
         tops: 0.01, 0.05, 0.2.
     """
 
@@ -518,6 +518,7 @@ class RecipeFacts:
         parameters: parameters for all models, each in YAML.
         steps: names of the steps before.
         dtype: what the output is written in; empty for that of the inputs.
+        by_tokens: whether embeddings and head are merged by tokens (``tokenizer``), rather than by the rows' numbers.
     """
 
     text: str
@@ -526,6 +527,7 @@ class RecipeFacts:
     parameters: Mapping[str, str]
     steps: tuple[str, ...]
     dtype: str
+    by_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -644,8 +646,8 @@ class BaseTest:
     Attributes:
         model: label.
         shares: whether it was; None where the figures do not tell.
-        p: the chance that weights which have nothing to do with the base's lie as near to them as the model's do;
-            None where no test was made.
+        p: the chance that weights which have nothing to do with the base's lie as near to them as the model's do, at
+            most; never 0, but 2.2e-308 for all that is less. None where no test was made.
         figures: the numbers it rests on.
     """
 

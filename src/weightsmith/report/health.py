@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from weightsmith.architecture.components import TOKEN_TABLES, component
 from weightsmith.report.base_test import RELATED, Nearness, nearness
 from weightsmith.report.findings import Agreement, Difference, Figure, Finding, Level, Model, Nonfinite, Report, Rows
-from weightsmith.report.wording import cosine_text, counted, have, listed, percent
+from weightsmith.report.wording import cosine_text, counted, have, listed, percent, verb
 
 # The gravest first, as findings and advice are sorted.
 LEVELS: tuple[Level, ...] = ("error", "warning", "note", "good")
@@ -22,8 +23,6 @@ _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8, "float8_e4m
 _ROUNDING = 1.0 / math.sqrt(8.0 * math.log(2.0))
 # Beyond this share of its energy, a task vector says as much about rounding as about training. Inferred.
 _ROUNDED = 0.1
-# Tables of tokens and their heads: rows that were never trained are normal there.
-_TABLES = frozenset({"embedding", "head"})
 
 
 def health(report: Report) -> tuple[Finding, ...]:
@@ -48,11 +47,19 @@ def health(report: Report) -> tuple[Finding, ...]:
         *_tied(report),
     ]
     if all(one.level == "note" for one in found):
-        tensors = Figure("tensors compared", len(report.tensors), "tensors")
-        number = counted(len(report.tensors), "tensor")
-        text = f"{number} compared: no NaN or infinity, no copies, nothing foreign to the base."
-        found.append(Finding("healthy", "good", "Nothing is broken", text, (tensors,)))
+        found.append(_healthy(report))
     return tuple(sorted(found, key=lambda one: LEVELS.index(one.level)))
+
+
+def _healthy(report: Report) -> Finding:
+    if report.models or report.result is not None:
+        number, done = len(report.tensors), "compared"
+        text = "no NaN or infinity, no copies, nothing foreign to the base"
+    else:
+        number, done = report.base.tensors, "looked at"
+        text = "no NaN or infinity"
+    figure = Figure(f"tensors {done}", number, "tensors")
+    return Finding("healthy", "good", "Nothing is broken", f"{counted(number, 'tensor')} {done}: {text}.", (figure,))
 
 
 def base_name(report: Report) -> str:
@@ -103,9 +110,16 @@ def _nonfinite(report: Report) -> Iterator[Finding]:
         )
 
 
+def _without_common_tensors(report: Report) -> list[str]:
+    """Return the labels of models that hold no tensor of the base in its shape."""
+    # Entries compared do not tell it alone: a tensor of nothing but NaN is there, and has none.
+    shared = {label for one in report.tensors for label in one.dtypes}
+    shared |= {row.model for row in report.changes.total if row.entries}
+    return [model.label for model in report.models if model.label not in shared]
+
+
 def _incomparable(report: Report) -> Iterator[Finding]:
-    compared = {row.model: row.entries for row in report.changes.total}
-    labels = [model.label for model in report.models if not compared.get(model.label)]
+    labels = _without_common_tensors(report)
     if labels:
         base = report.base.label
         yield Finding(
@@ -240,7 +254,11 @@ def _alike(report: Report) -> Iterator[Finding]:
 
 
 def _tokens(report: Report) -> Iterator[Finding]:
+    # A result is no input: its tokens are what the recipe made of theirs.
+    told = {model.label for model in report.models}.difference(_without_common_tensors(report))
     for row in report.health.tokens:
+        if row.model not in told:
+            continue
         figures = (
             Figure("tokens added", row.added, "tokens"),
             Figure("tokens removed", row.removed, "tokens"),
@@ -258,11 +276,17 @@ def _tokens(report: Report) -> Iterator[Finding]:
         if not parts:
             continue
         such = f" (such as {listed(row.examples)})" if row.examples else ""
+        said = f"In {row.model}, {listed(parts)}{such}."
+        title = f"{row.model} has another vocabulary than {report.base.label}"
+        if _by_tokens(report):
+            text = f"{said} The recipe's tokenizer has their embeddings and heads merged by tokens."
+            yield Finding("vocabulary", "note", title, text, figures, (row.model,))
+            continue
         yield Finding(
             "vocabulary",
             "warning",
-            f"{row.model} has another vocabulary than {report.base.label}",
-            f"In {row.model}, {listed(parts)}{such}. Rows of embeddings and head are merged by number, so "
+            title,
+            f"{said} Rows of embeddings and head are merged by number, so "
             f"{'rows of different tokens would be mixed' if row.moved else 'rows that one model lacks do not fit'}: "
             "merge by tokens.",
             figures,
@@ -270,6 +294,10 @@ def _tokens(report: Report) -> Iterator[Finding]:
             action=f"weightsmith tokens {_reference(report, report.base.label)} {_reference(report, row.model)}\n"
             "# in the recipe:\ntokenizer: {source: union}",
         )
+
+
+def _by_tokens(report: Report) -> bool:
+    return report.recipe is not None and report.recipe.by_tokens
 
 
 def _reference(report: Report, label: str) -> str:
@@ -289,7 +317,13 @@ def _differences(report: Report, *kinds: str) -> dict[str, list[Difference]]:
 
 
 def _shapes(report: Report) -> Iterator[Finding]:
+    strangers = _without_common_tensors(report)
     for label, rows in _differences(report, "missing", "extra", "shape").items():
+        if _by_tokens(report):
+            # Tables of tokens are brought to one shape by the recipe.
+            rows = [row for row in rows if row.kind != "shape" or component(row.tensor) not in TOKEN_TABLES]
+        if label in strangers or not rows:
+            continue
         kinds = {kind: [row for row in rows if row.kind == kind] for kind in ("shape", "missing", "extra")}
         parts = [
             f"{counted(len(found), 'tensor')} {text} ({listed([row.tensor for row in found], 2)})"
@@ -355,9 +389,8 @@ def _rounding(base: Model, model: Model) -> float:
 
 
 def _rows(report: Report) -> Iterator[Finding]:
-    components = {one.name: one.component for one in report.tensors}
-    tables = [row for row in report.health.rows if components.get(row.tensor, "other") in _TABLES]
-    matrices = [row for row in report.health.rows if components.get(row.tensor, "other") not in _TABLES]
+    tables = [row for row in report.health.rows if component(row.tensor) in TOKEN_TABLES]
+    matrices = [row for row in report.health.rows if component(row.tensor) not in TOKEN_TABLES]
     broken = [row for row in matrices if row.new_dead]
     for label in dict.fromkeys(row.model for row in broken):
         rows = [row for row in broken if row.model == label]
@@ -366,9 +399,9 @@ def _rows(report: Report) -> Iterator[Finding]:
             "dead-rows",
             "warning",
             f"Rows of {label} became zero",
-            f"{counted(dead, 'row')} of {of:,} in {listed([row.tensor for row in rows])} of {label} are zero and were "
-            f"not in {report.base.label}: it was pruned, or its file is damaged. A merge fills them again from the "
-            "other models.",
+            f"{counted(dead, 'row')} of {of:,} in {listed([row.tensor for row in rows])} of {label} "
+            f"{verb(dead, 'is zero and was', 'are zero and were')} not in {report.base.label}: it was pruned, or its "
+            "file is damaged. A merge fills them again from the other models.",
             (Figure("rows that became zero", dead, "rows"), Figure("rows of these tensors", of, "rows")),
             (label,),
         )
@@ -383,12 +416,13 @@ def _still_rows(rows: Sequence[Rows], where: str, why: str) -> Iterator[Finding]
         return
     dead, double = max(row.dead for row in rows), max(row.duplicated for row in rows)
     what = listed([f"up to {counted(n, 'row')} {text}" for n, text in ((dead, "of zeros"), (double, "twice")) if n])
+    names = list(dict.fromkeys(row.tensor for row in rows))
     place = "Embeddings and heads" if where == "tables" else "Matrices"
     yield Finding(
         f"{'token' if where == 'tables' else 'same'}-rows",
         "note",
         f"{place} have rows that are zero or double",
-        f"{listed(list(dict.fromkeys(row.tensor for row in rows)))} hold {what} in "
+        f"{listed(names)} {verb(len(names), 'holds', 'hold')} {what} in "
         f"{listed(list(dict.fromkeys(row.model for row in rows)))}. {why}",
         (Figure("most rows of zeros", dead, "rows"), Figure("most rows that are there twice", double, "rows")),
         tuple(dict.fromkeys(row.model for row in rows)),
@@ -403,9 +437,9 @@ def _tied(report: Report) -> Iterator[Finding]:
     for own, labels in heads.items():
         who = listed(labels)
         text = (
-            f"The base ties its head to its embeddings; {who} {'holds' if len(labels) == 1 else 'hold'} one apart."
+            f"The base ties its head to its embeddings; {who} {verb(len(labels), 'holds', 'hold')} one apart."
             if own
-            else f"The base holds a head of its own; {who} {'leaves' if len(labels) == 1 else 'leave'} it out."
+            else f"The base holds a head of its own; {who} {verb(len(labels), 'leaves', 'leave')} it out."
         )
         yield Finding(
             "head",

@@ -16,7 +16,7 @@ from weightsmith.checkpoint import open_checkpoint
 from weightsmith.checkpoint.checkpoint import Checkpoint, Identity
 from weightsmith.checkpoint.folder import open_weights
 from weightsmith.checkpoint.manifest import MANIFEST_FILE, Manifest, manifest_text, read_manifest
-from weightsmith.checkpoint.reference import ShortNames
+from weightsmith.checkpoint.reference import ShortNames, parse_reference
 from weightsmith.checkpoint.source import Source, as_checkpoint, as_reference
 from weightsmith.checkpoint.storage import is_url
 from weightsmith.errors import ReportError, WeightsmithError
@@ -162,8 +162,11 @@ def _of_merged(path: Path, manifest: Manifest) -> Inputs:
     recipe = load_recipe(manifest.recipe)
     find, notes, known = _finder(recipe), [], {}
     references = list(dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *_references(recipe)]))
+    gone = [one.path for one in manifest.inputs if _state(one) == "missing"]
     for reference in references:
         try:
+            # A folder that is gone may be a model's name on a hub, which nobody asked for.
+            _refuse_gone(reference, recipe, gone)
             known[reference] = find(reference)
         except WeightsmithError as error:
             notes.append(f"{reference} cannot be opened any more, and is in no figure: {error}")
@@ -191,6 +194,30 @@ def _of_merged(path: Path, manifest: Manifest) -> Inputs:
         return Inputs("merged", result, False, (), None, facts, merged, tuple(notes), _restacks(recipe))
     named = recipe.base_model is not None
     return Inputs("merged", sides[0], named, tuple(sides[1:]), result, facts, merged, tuple(notes), _restacks(recipe))
+
+
+def _refuse_gone(reference: str, recipe: Recipe, gone: Sequence[str]) -> None:
+    """Raise an error if a model, or one that a step is made of, lay in files that are not there any more.
+
+    Raises:
+        ReportError: with the first of these files.
+    """
+    left, seen = [reference], set()
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        step = recipe.steps.get(name)
+        if step is not None:
+            left += [*([step.base_model] if step.base_model else []), *_references(step)]
+            continue
+        parsed = parse_reference(name)
+        for path in (parsed.path, *(one.reference.path for one in parsed.adapters)):
+            file = next((one for one in gone if Path(one).is_relative_to(path)), None)
+            if file is not None and not os.path.exists(path):
+                where = "" if os.path.isabs(file) else " here; run the report in the folder that the merge was run in"
+                raise ReportError(f"there is no {file}{where}")
 
 
 def _finder(recipe: Recipe) -> Callable[[str], Checkpoint]:
@@ -248,6 +275,7 @@ def _facts(recipe: Recipe, text: str, sides: Sequence[Side]) -> RecipeFacts:
         parameters=_settings({"parameters": recipe.model_dump(exclude_defaults=True).get("parameters", {})}),
         steps=tuple(recipe.steps),
         dtype=recipe.out_dtype or recipe.dtype or "",
+        by_tokens=any(one.asked_tokenizer is not None for one in (recipe, *recipe.steps.values())),
     )
 
 

@@ -25,6 +25,8 @@ OVERSHOT = 2.0
 DOMINATED, UNDOMINATED = 0.8, 0.6
 # Below it, most of the result's change is in no input's direction.
 UNEXPLAINED = 0.5
+# What sentences call the rows that are no layers.
+_PLACES = {"before": "what lies before the layers", "after": "what lies after them"}
 
 
 def outcome(report: Report) -> tuple[Finding, ...]:
@@ -105,9 +107,10 @@ def _absent(report: Report, total: Composition) -> Iterator[Finding]:
             "absent",
             "warning",
             f"{label} is hardly in the result",
-            f"Of the result's change, {percent(max(share, 0.0))} is {label}'s (coefficient {coefficient:.2f}). {why}",
+            f"Of what inputs explain of the result's change, {percent(max(share, 0.0))} is {label}'s (coefficient "
+            f"{coefficient:.2f}). {why}",
             (
-                Figure(f"share of the result's change that is {label}'s", share, "share"),
+                Figure(f"share of the explained change that is {label}'s", share, "share"),
                 Figure(f"coefficient of {label}", coefficient),
             ),
             (label,),
@@ -154,19 +157,19 @@ def _dominated(report: Report, total: Composition) -> Iterator[Finding]:
         if not rows or whole >= UNDOMINATED:
             continue
         shares = [_part(row, row.models.index(label)) for row in rows]
-        names = [str(row.scope.layer) for row in rows]
+        names = [_PLACES.get(str(row.scope.layer), str(row.scope.layer)) for row in rows]
         yield Finding(
             "dominated",
             "note",
             f"{label} alone makes some layers",
-            f"{percent(max(shares))} of the change of {listed(names)} is {label}'s, of the whole result "
-            f"{percent(whole)}. Where that is not meant, lower its weight in these layers.",
+            f"Of what inputs explain of the change of {listed(names)}, up to {percent(max(shares))} is {label}'s, of "
+            f"the whole result's {percent(whole)}. Where that is not meant, lower its weight in these layers.",
             (
-                Figure(f"largest share of a layer's change that is {label}'s", max(shares), "share"),
-                Figure(f"share of the result's change that is {label}'s", whole, "share"),
+                Figure(f"largest share of a layer's explained change that is {label}'s", max(shares), "share"),
+                Figure(f"share of the explained change that is {label}'s", whole, "share"),
             ),
             (label,),
-            Scope(layer=names[shares.index(max(shares))]),
+            Scope(layer=rows[shares.index(max(shares))].scope.layer),
         )
 
 
@@ -184,7 +187,7 @@ def _unexplained(report: Report, total: Composition) -> Iterator[Finding]:
 
 def _present(report: Report, total: Composition) -> Finding:
     if report.base_named:
-        what, unit = "Shares of the result's change", "share"
+        what, unit = "Shares of what inputs explain of the result's change", "share"
         parts = {label: _part(total, number) for number, label in enumerate(total.models)}
         told = listed([f"{label} {percent(one)}" for label, one in parts.items()], 8)
     else:

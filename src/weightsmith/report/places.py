@@ -9,10 +9,11 @@ import shlex
 import statistics
 from collections.abc import Iterator
 
+from weightsmith.architecture.components import TOKEN_TABLES
 from weightsmith.report.family import Family
 from weightsmith.report.findings import Change, Figure, Finding, Report, Scope
 from weightsmith.report.recipe_text import yaml_text
-from weightsmith.report.wording import counted, have, listed, percent, times
+from weightsmith.report.wording import counted, have, listed, percent, times, verb
 
 # An adapter of an eighth of the smaller side has at most a quarter of a square matrix's parameters. Inferred.
 LOW_RANK = 1 / 8
@@ -24,6 +25,8 @@ LAYER_PART = 1 / 3
 TABLES = 2.0
 # From this share of the entries on, what training left alone is worth saying. Inferred.
 FROZEN = 0.25
+# How sentences call components whose names are no nouns.
+_PARTS = {"other": "other tensors", "conv": "convolutions"}
 
 
 def layers(report: Report, family: Family) -> Iterator[Finding]:
@@ -65,7 +68,7 @@ def tables(report: Report, family: Family) -> Iterator[Finding]:
     """Yield which models changed their embeddings or their head much more than the rest."""
     for row in report.changes.components:
         part, total = row.scope.component, family.totals.get(row.model)
-        if part not in ("embedding", "head") or row.model not in family.labels or total is None:
+        if part not in TOKEN_TABLES or row.model not in family.labels or total is None:
             continue
         if not row.relative or not total.relative or row.relative < TABLES * total.relative:
             continue
@@ -107,12 +110,13 @@ def frozen(report: Report, family: Family) -> Iterator[Finding]:
         moved = [row for row in found if row.delta_norm > 0.0]
         still = 1.0 - sum(row.entries for row in moved) / entries if entries else 0.0
         if still >= FROZEN:
-            parts = list(dict.fromkeys(str(row.scope.component) for row in moved))
+            parts = list(dict.fromkeys(_PARTS.get(part, part) for row in moved if (part := str(row.scope.component))))
+            count = len(found) - len(moved)
             yield Finding(
                 "frozen",
                 "note",
                 f"{label} changed only some tensors",
-                f"Training left {counted(len(found) - len(moved), 'tensor')} of {len(found)} as they were, "
+                f"Training left {counted(count, 'tensor')} of {len(found):,} as {verb(count, 'it was', 'they were')}, "
                 f"{percent(still)} of the entries; it changed {listed(parts)}. A merge needs nothing else of it: "
                 "`models` of a rule names which models take part where.",
                 (

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import array_api_compat.numpy as xp
 import numpy as np
 
-from weightsmith.architecture.components import component
+from weightsmith.architecture.components import TOKEN_TABLES, component
 from weightsmith.architecture.stacks import Architecture
 from weightsmith.checkpoint.tensor import Array
 from weightsmith.engine.evaluate import Evaluator, blocks
@@ -33,7 +33,11 @@ _DIRECTIONS = 16
 # Singular values that are listed.
 _LISTED = 48
 _CHOSEN = ("attention_q", "attention_v", "attention_qkv", "attention_o", "mlp_down")
-CHOICE_RULE = "queries, values, outputs of attention and the way down of MLPs, in the first, middle and last layer"
+_CHOICE = "queries, values, outputs of attention and the way down of MLPs, in the first, middle and last layer"
+# Where a model has none of these, its largest matrices are taken; tables of tokens, and what is larger than this, cost
+# more than they tell.
+_FALLBACK = "the largest matrix of the first, middle and last layer, or the three largest where there are no layers"
+_LARGEST = 1 << 26
 METHOD_RULE = (
     f"all singular values where the shorter side is at most {_EXACT_SIDE:,}, else the {_COMPUTED} leading ones by a "
     "randomised range finder with two power passes (Halko, Martinsson and Tropp, 2011)"
@@ -48,13 +52,22 @@ class Spectra:
     subspaces: tuple[Subspace, ...]
 
 
-def choose(subjects: Sequence[Subject], architecture: Architecture, patterns: Sequence[str]) -> list[Subject]:
+@dataclass(frozen=True)
+class Choice:
+    """The matrices to be decomposed, and by which rule they were chosen."""
+
+    matrices: tuple[Subject, ...]
+    rule: str
+
+
+def choose(subjects: Sequence[Subject], architecture: Architecture, patterns: Sequence[str]) -> Choice:
     """Return the matrices to be decomposed.
 
     Args:
         subjects: the tensors that were measured.
         architecture: the base's layers.
-        patterns: of names, with ``*`` and ``?``; none for the choice that :data:`CHOICE_RULE` describes.
+        patterns: of names, with ``*`` and ``?``; none for some projections of three layers, or the largest matrices of
+            a model that has no such projections.
 
     Raises:
         ReportError: if no matrix fits a pattern.
@@ -65,18 +78,28 @@ def choose(subjects: Sequence[Subject], architecture: Architecture, patterns: Se
             if not any(fnmatchcase(one.name, pattern) for one in matrices):
                 guess = did_you_mean(pattern, (one.name for one in matrices))
                 raise ReportError(f"no matrix that base and models share fits {pattern!r}{guess}; '*' fits all")
-        return [one for one in matrices if any(fnmatchcase(one.name, pattern) for pattern in patterns)]
-    wanted = {
-        (stack.prefix, stack.indices[place])
+        fitting = (one for one in matrices if any(fnmatchcase(one.name, pattern) for pattern in patterns))
+        return Choice(tuple(fitting), "those whose names fit the patterns that were given")
+    layers: dict[tuple[str, int], list[Subject]] = {
+        (stack.prefix, stack.indices[place]): []
         for stack in architecture.main
         for place in (0, len(stack.indices) // 2, len(stack.indices) - 1)
     }
-    found = []
     for one in matrices:
         place = architecture.locate(one.name)
-        if place is not None and (place.stack.prefix, place.index) in wanted and component(one.name) in _CHOSEN:
-            found.append(one)
-    return found
+        if place is not None and (place.stack.prefix, place.index) in layers:
+            layers[place.stack.prefix, place.index].append(one)
+    found = tuple(one for layer in layers.values() for one in layer if component(one.name) in _CHOSEN)
+    return Choice(found, _CHOICE) if found else Choice(tuple(_largest(layers.values(), matrices)), _FALLBACK)
+
+
+def _largest(layers: Iterable[Sequence[Subject]], matrices: Sequence[Subject]) -> Iterator[Subject]:
+    def some(subjects: Sequence[Subject], count: int) -> list[Subject]:
+        small = [one for one in subjects if one.size <= _LARGEST and component(one.name) not in TOKEN_TABLES]
+        return sorted(small, key=lambda one: -one.size)[:count]
+
+    found = [one for layer in layers for one in some(layer, 1)]
+    yield from found or some(matrices, 3)
 
 
 def decompose(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 # Names that a sentence lists before it only counts the rest.
 LISTED = 4
+# Numbers from here on have an exponent: nobody counts their digits.
+_LONG = 1e6
 
 
 def listed(names: Sequence[str], most: int = LISTED) -> str:
@@ -26,12 +28,19 @@ def counted(number: int, one: str, more: str | None = None) -> str:
 
 def have(names: Sequence[str]) -> str:
     """Return the verb for names that a sentence lists: ``has`` or ``have``."""
-    return "has" if len(names) == 1 else "have"
+    return verb(len(names), "has", "have")
+
+
+def verb(number: int, one: str, more: str) -> str:
+    """Return the form of a verb that goes with a number of things: ``holds`` or ``hold``."""
+    return one if number == 1 else more
 
 
 def percent(share: float) -> str:
-    """Return a share as per cent: ``0.034%``, ``3.0%``, ``34%``, ``100%`` only if it is all."""
+    """Return a share as per cent: ``0.034%``, ``3.0%``, ``34%``, ``100%`` only if it is all; ``1.6e+30%``."""
     value = 100.0 * share
+    if value >= _LONG:
+        return f"{value:.1e}%"
     if 99.5 <= value < 100.0:
         return f"{min(value, 99.9):.1f}%"
     if 0.0 < value < 0.001:
@@ -40,7 +49,9 @@ def percent(share: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """Return a ratio: ``0.35 times``, ``2.4 times``, ``31 times``."""
+    """Return a ratio: ``0.35 times``, ``2.4 times``, ``31 times``, ``7.2e+29 times``."""
+    if ratio >= _LONG:
+        return f"{ratio:.1e} times"
     return f"{ratio:.2f} times" if ratio < 1.0 else f"{ratio:.1f} times" if ratio < 10.0 else f"{ratio:,.0f} times"
 
 

@@ -14,6 +14,12 @@ function lines(data, series, measure, width) {
   const rows = (/** @type {Series} */ one) =>
     one.values.map((value, layer) => ({ layer, value: value ?? NaN, part: stretch(data, layer) }));
   const known = series.flatMap((one) => one.values.filter((value) => value !== null));
+  // No line goes through what stands alone, such as the layers' surroundings.
+  const alone = (/** @type {ReturnType<typeof rows>} */ all) =>
+    all.filter(
+      (one, number) =>
+        ![all[number - 1], all[number + 1]].some((other) => other?.part === one.part && !Number.isNaN(other.value)),
+    );
   const marks = series.flatMap((one) => {
     const shade = one.chance ? quiet : shades[one.style % shades.length];
     const dash = one.chance ? "1 3" : nth(DASHES, one.style);
@@ -21,7 +27,7 @@ function lines(data, series, measure, width) {
     return [
       Plot.line(rows(one), { ...channels, strokeWidth: 1.75, strokeDasharray: dash }),
       one.chance
-        ? null
+        ? Plot.dot(alone(rows(one)), { ...channels, r: 3.2, symbol: "plus" })
         : Plot.dot(rows(one), {
             ...channels,
             fill: shade,
@@ -89,8 +95,9 @@ function named(label) {
 function reach(values, measure) {
   const known = /** @type {number[]} */ (values);
   const from = measure.pivot ?? 0;
-  const least = known.reduce((one, other) => Math.min(one, other), from);
-  const most = known.reduce((one, other) => Math.max(one, other), from);
+  const around = measure.pivot === undefined ? [from] : [from - LEAST_REACH, from + LEAST_REACH];
+  const least = Math.min(...around, known.reduce((one, other) => Math.min(one, other), from));
+  const most = Math.max(...around, known.reduce((one, other) => Math.max(one, other), from));
   return least === most ? [least, least + 1] : [least, most];
 }
 

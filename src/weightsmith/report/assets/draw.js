@@ -1,6 +1,8 @@
 // What all plots share: panels, legends, scales and the axis of layers.
 
 const FONT = "system-ui, sans-serif";
+// Scales around a middle reach so far at least: noise is not drawn as if it were something.
+const LEAST_REACH = 0.1;
 
 /**
  * Draw with Observable Plot in the page's own type and colours.
@@ -55,7 +57,7 @@ function colours(measure, values, log = false) {
   const known = /** @type {number[]} */ (values.filter((one) => one !== null));
   if (measure.pivot !== undefined) {
     const pivot = measure.pivot;
-    const far = Math.max(0.1, ...known.map((one) => Math.abs(one - pivot)));
+    const far = Math.max(LEAST_REACH, ...known.map((one) => Math.abs(one - pivot)));
     const reach = Math.min(measure.most ?? Infinity, Math.ceil(far * 20) / 20);
     return { type: "diverging", domain: [pivot - reach, pivot + reach], pivot, interpolate: diverging };
   }

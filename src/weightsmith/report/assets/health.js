@@ -118,7 +118,6 @@ function vocabularies(data) {
 
 /** @param {Data} data */
 function aboutReport(data) {
-  const notes = data.notes.length ? element("ul", {}, ...data.notes.map((one) => element("li", {}, one))) : null;
   const licences = document.getElementById("licences");
   return section(
     "about",
@@ -150,7 +149,6 @@ function aboutReport(data) {
       ],
       data.timings.map((one) => [one.stage, one.seconds, one.nbytes]),
     ),
-    notes ? element("div", { class: "block" }, element("h3", {}, "Notes"), notes) : null,
     element(
       "details",
       {},

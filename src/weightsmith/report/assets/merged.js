@@ -59,6 +59,7 @@ function composition(data) {
 /** @param {Data} data
  * @param {Measure[]} measures */
 function shares(data, measures) {
+  if (!data.baseNamed) return coefficients(data, measures);
   const names = data.inputs.map((one) => data.models[one].label);
   return figure(
     "composition-by-layer",
@@ -82,6 +83,39 @@ function shares(data, measures) {
   );
 }
 
+/** Seen from the first model, shares of the change are the others' alone; but what the others do not have of a mean is
+ * the first one's.
+ * @param {Data} data
+ * @param {Measure[]} measures */
+function coefficients(data, measures) {
+  const measure = measures.find((one) => one.key === "coefficient");
+  if (!measure) return null;
+  const names = data.inputs.map((one) => data.models[one].label);
+  return figure(
+    "composition-by-layer",
+    "How much of each input is in the result",
+    "The result is fitted by a sum of the models, layer by layer (least squares). No base was named, so the coefficients of all models add up to 1.",
+    [...byComponent(data, data.composition, "cells", measure.key)],
+    (state, width) => {
+      const known = names.map((_, number) =>
+        layersOf(data, data.composition, state.component, measure.key, number),
+      );
+      const values = [data.layers.map((_, layer) => rest(known.map((one) => one[layer]))), ...known];
+      const all = [data.models[0].label, ...names];
+      const series = all.map((name, number) => ({ name, style: number, values: values[number] }));
+      return lineDrawing(data, series, measure, width);
+    },
+  );
+}
+
+/** What is missing to 1, where anything is known.
+ * @param {(number | null)[]} parts
+ * @returns {number | null} */
+function rest(parts) {
+  const known = parts.filter((one) => one !== null);
+  return known.length ? known.reduce((left, one) => left - one, 1) : null;
+}
+
 /** @param {Data} data */
 function wholeResult(data) {
   const total = data.composition.total ?? {};
@@ -90,6 +124,10 @@ function wholeResult(data) {
     data.models[one].label,
     ...SHARES.map((measure) => total[measure.key]?.[number]?.[0] ?? null),
   ]);
+  if (!data.baseNamed) {
+    const first = rest(data.inputs.map((_, number) => total.coefficient[number]?.[0] ?? null));
+    rows.unshift([data.models[0].label, ...SHARES.map((one) => (one.key === "coefficient" ? first : null))]);
+  }
   const explained = data.explained.total ?? {};
   const of = (/** @type {string} */ name) => explained[name]?.[0]?.[0] ?? null;
   const about = `The fit explains ${say(of("rSquared"), "share")} of the result's change, whose norm is ${say(of("norm"), "norm")}; the norm of the rest is ${say(of("residual"), "norm")}.`;

@@ -44,10 +44,12 @@ function titled(title, about, heads, rows) {
 
 /** @param {Data} data */
 function title(data) {
-  const names = data.inputs.map((one) => data.models[one].label);
+  // Where nobody named a base, the first model is an input of the merge like the others.
+  const first = data.kind !== "models" && !data.baseNamed && data.inputs.length ? [0] : [];
+  const names = [...first, ...data.inputs].map((one) => data.models[one].label);
   const listed = names.length > 4 ? `${names.length} models` : names.join(", ");
   const base = data.models[0].label;
-  if (data.kind === "merged") return `${data.merged?.path ?? "A merge"}: ${listed}`;
+  if (data.kind === "merged") return [data.merged?.path ?? "A merge", ...(listed ? [listed] : [])].join(": ");
   if (data.kind === "recipe") return `Before the merge: ${listed}`;
   return names.length ? `${listed} against ${base}` : base;
 }
@@ -58,6 +60,7 @@ function summary(data) {
     "summary",
     "Summary",
     standIn(data),
+    notes(data),
     findings("What to do", data.advice),
     findings("What was found", data.findings),
     compared(data),
@@ -74,6 +77,13 @@ function standIn(data) {
     { class: "callout" },
     `No base was named, so ${name} stands in for it: figures say how the other models differ from ${name}, not what training changed.`,
   );
+}
+
+/** What the figures below do not cover stands before them.
+ * @param {Data} data */
+function notes(data) {
+  if (!data.notes.length) return null;
+  return element("ul", { class: "callout", id: "notes" }, ...data.notes.map((one) => element("li", {}, one)));
 }
 
 /** @param {string} heading
@@ -165,7 +175,7 @@ function compared(data) {
 }
 
 const P_VALUE =
-  "p is the chance that weights which have nothing to do with the base's lie as near to them as the model's do.";
+  "p is the chance that weights which have nothing to do with the base's lie as near to them as the model's do, at most.";
 
 /** @param {Data} data */
 function trainedFromBase(data) {
