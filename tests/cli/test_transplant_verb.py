@@ -110,3 +110,13 @@ def test_what_is_wrong_is_told_in_one_line(run, pair, tmp_path, more, code, mess
     assert found == code
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_has_no_target(run, pair, tmp_path):
+    code, _, err = run("transplant", *pair, tmp_path / "out", "-k", 6, "--compare")
+    assert code == 2
+    assert "--compare writes nothing" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run("transplant", *pair)
+    assert code == 2
+    assert "Missing argument 'OUT'" in err

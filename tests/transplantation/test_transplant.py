@@ -849,3 +849,49 @@ def test_a_manifest_that_says_something_else_is_refused(tmp_path, pair):
     ):
         with pytest.raises((RecipeError, MethodError)):
             remake(text)
+
+
+# -- what else a person is told, and what lies beside ---------------------------------------------------------------------
+
+
+def grouped(tokenizer, pattern):
+    """Return a tokenizer that splits numbers by a pattern before anything else; its tokens are the same."""
+    import tokenizers
+
+    content = json.loads(tokenizer.to_str())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    digits = [f"{number:0{width}}" for width in (2, 3) for number in range(10**width)]
+    for token in digits:
+        content["model"]["vocab"].setdefault(token, len(content["model"]["vocab"]))
+    # As in Llama 3: what is a token whole is not merged.
+    content["model"]["ignore_merges"] = True
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def test_numbers_that_are_counted_from_the_other_end_are_told_of(tmp_path, byte_bpe):
+    left = grouped(byte_bpe, r"\d{1,3}")
+    right = grouped(byte_bpe, r"\d{1,3}(?=(\d{3})*\b)")
+    model = llama(tmp_path / "model", left, **GPT)
+    donor = llama(tmp_path / "donor", renumbered(right)[0], seed=1, **GPT)
+    same = llama(tmp_path / "same", renumbered(left)[0], seed=1, **GPT)
+    (warning,) = [text for text in transplant(model, donor, "mean").warnings if text.startswith("numbers: ")]
+    assert (
+        "in groups of three, counted from the left, the donor's in groups of three, counted from the right" in warning
+    )
+    assert not [text for text in transplant(model, same, "mean").warnings if text.startswith("numbers: ")]
+
+
+def test_a_slow_tokenizer_is_written_as_a_fast_one(tmp_path, byte_bpe):
+    made = Path(__file__).parents[1] / "tokenizer" / "slow" / "llama.model"
+    donor = tmp_path / "donor"
+    donor.mkdir()
+    (donor / "tokenizer.model").write_bytes(made.read_bytes())
+    (donor / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **LLAMA}))
+    (donor / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    model = llama(tmp_path / "model", byte_bpe, **GPT)
+    transplant(model, donor, "subword").save(tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "tokenizer.json" in files
+    assert "tokenizer.model" not in files
+    assert read(tmp_path / "out").vocabulary == transplant(model, donor, "mean").layout.new.vocabulary

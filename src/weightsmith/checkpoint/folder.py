@@ -34,6 +34,8 @@ from weightsmith.errors import CheckpointError, UnsafeFileError, shown
 BUNDLE_FILE = "weightsmith-bundle.json"
 # What a transplant of a tokenizer did: not true of what is made of its result.
 REPORT_FILE = "transplant-report.json"
+# What an extraction lost, likewise.
+EXTRACTION_FILE = "weightsmith_extract.json"
 # And by this one a diffusers pipeline.
 PIPELINE_FILE = "model_index.json"
 # Files of a training run that hold no model.
@@ -51,6 +53,7 @@ _WEIGHT_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
 _NOT_COMPANIONS = {
     "config.json",
     REPORT_FILE,
+    EXTRACTION_FILE,
     "adapter_config.json",
     "trainer_state.json",
     "training_args.json",

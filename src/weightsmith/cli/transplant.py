@@ -155,6 +155,8 @@ def command(
 
     if target is None and not compare:
         raise click.UsageError("Missing argument 'OUT'.")
+    if target is not None and compare:
+        raise click.UsageError("--compare writes nothing: leave OUT out, or --compare.")
     made = transplant(model, donor, **settings)
     if compare:
         tried = made.compare(threads=threads)

@@ -17,6 +17,7 @@ from weightsmith.adapters.loaded import renamed_as_loaded
 from weightsmith.adapters.peft_config import PREFIX, config_text
 from weightsmith.checkpoint.checkpoint import Checkpoint, Companions
 from weightsmith.checkpoint.companions import tokenizer_files, write_companions
+from weightsmith.checkpoint.folder import EXTRACTION_FILE
 from weightsmith.checkpoint.layout import ONE_FILE
 from weightsmith.checkpoint.layout import Part as FilePart
 from weightsmith.checkpoint.tensor import Tensor
@@ -35,7 +36,7 @@ from weightsmith.extraction.parts import Part, largest_need
 from weightsmith.extraction.placement import Placement, base_of, find_tie, in_head, place, task_type
 from weightsmith.extraction.ranks import Candidate, choose
 from weightsmith.extraction.recipe import Recipe
-from weightsmith.extraction.report import REPORT_FILE, LeftOut, Matrix, Report, share
+from weightsmith.extraction.report import LeftOut, Matrix, Report, share
 from weightsmith.extraction.room import Ahead, Room
 from weightsmith.extraction.settings import Renaming, low_rank_config, own_config, shira_config
 from weightsmith.plan.output import Output, check_folder
@@ -143,7 +144,7 @@ class Extraction(Output):
         """See :meth:`Output.write_beside`: the adapter's config, the report, and the tokenizer."""
         (folder / "adapter_config.json").write_text(config_text(self.config), "utf-8")
         content = {"settings": self.recipe.to_json(), **self.report().to_json(seconds=False)}
-        (folder / REPORT_FILE).write_text(config_text(content), "utf-8")
+        (folder / EXTRACTION_FILE).write_text(config_text(content), "utf-8")
         return write_companions(folder, {}, self.companions.files)
 
     def report(self) -> Report:

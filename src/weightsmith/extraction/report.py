@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-REPORT_FILE = "weightsmith_extract.json"
-
 
 @dataclass(frozen=True)
 class Matrix:

@@ -123,6 +123,11 @@ def observe(tokenizer: Tokenizer) -> Behaviour:
     return Behaviour(_numerals(splitting), _spaces(splitting), {name: splitting(text) for name, text in TEXTS.items()})
 
 
+def observe_numerals(tokenizer: Tokenizer) -> Numerals:
+    """The same of numbers alone."""
+    return _numerals(_Splitting(tokenizer, encoder(tokenizer)))
+
+
 class _Splitting:
     """Splits texts and keeps what is needed to show the pieces."""
 

@@ -46,7 +46,8 @@ def beside(layout: Layout, model: Checkpoint, donor: Checkpoint, template: Templ
 
     Numbers of tokens in the model's config and generation config become the donor's. Where model and donor are of one
     kind (``model_type``), the donor's files are copied as they are; for a model of another kind they are written such
-    that transformers loads this tokenizer, and not the one that it builds for such models.
+    that transformers loads this tokenizer, and not the one that it builds for such models. A slow tokenizer is written
+    as the fast one that it was read as.
 
     Args:
         layout: where the rows come from.
@@ -76,8 +77,9 @@ def beside(layout: Layout, model: Checkpoint, donor: Checkpoint, template: Templ
             files[_GENERATION] = _text(content)
     taken = tokenizer_files(donor.companions.files)
     kind = donor.config.get("model_type")
-    if donor is not model and (kind is None or kind != model.config.get("model_type")):
-        taken, told = files_of(layout.new, donor.companions.files, config, rebuilt=True)
+    other = kind is None or kind != model.config.get("model_type")
+    if donor is not model and (other or "tokenizer.json" not in taken):
+        taken, told = files_of(layout.new, donor.companions.files, config, rebuilt=other)
         notes += told
     if template == "donor":
         return Beside(config, {**files, **taken}, None, tuple(notes))

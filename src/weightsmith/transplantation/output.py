@@ -18,6 +18,7 @@ from weightsmith.engine.plan import RESIDENT, Plan
 from weightsmith.engine.progress import ProgressListener, Silent
 from weightsmith.errors import Interrupted, MethodError, PlanError
 from weightsmith.plan.output import Output, parts_of
+from weightsmith.tokenizer.behaviour import observe_numerals
 from weightsmith.tokenizer.facts import digit_tokens
 from weightsmith.tokenizer.tokenizer import LARGEST, Tokenizer, read_tokenizer
 from weightsmith.transplantation.auxiliary import read_vectors
@@ -65,7 +66,13 @@ class Transplant(Output):
         self._template = found.template
         self._digits = {"model": digit_tokens(own), "donor": digit_tokens(new)}
         self._names = model.name, donor.name
-        numbers = number_warning(self._digits["model"], self._digits["donor"])
+        numbers = None
+        if not self.layout.same:
+            numbers = number_warning(
+                self._digits["model"],
+                self._digits["donor"],
+                lambda: (observe_numerals(own), observe_numerals(new)),
+            )
         files = _identities(model, donor) + (vectors.identities if vectors is not None else ())
         super().__init__(
             f"{model.name} with the tokenizer of {donor.name}",

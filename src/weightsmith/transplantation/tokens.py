@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from weightsmith.tokenizer.behaviour import Numerals
+from weightsmith.tokenizer.encoding import TokenizersMissingError
 from weightsmith.tokenizer.matching import Numbers, match
 from weightsmith.tokenizer.tokenizer import Tokenizer
 
@@ -65,6 +67,7 @@ class Matches:
         Args:
             model: per number of the model whether its token looks untrained.
             donor: the same of the donor.
+        split: returns how the two split numbers.
         """
         how, taken = self.how.copy(), self.model.copy()
         theirs = donor[: len(how)]
@@ -122,8 +125,13 @@ def _match_prefixes(donor: Tokenizer, model: Tokenizer, rows: int, found: Number
                 break
 
 
-def number_warning(model: Mapping[int, int], donor: Mapping[int, int]) -> str | None:
-    """Return what a person should know of numbers, where the two tokenizers have tokens of other lengths for them.
+def number_warning(
+    model: Mapping[int, int], donor: Mapping[int, int], split: Callable[[], tuple[Numerals, Numerals]]
+) -> str | None:
+    """Return what a person should know of numbers, where the two tokenizers split them otherwise.
+
+    They do where they have tokens of other lengths for them; where they do not, it is seen by splitting some, if the
+    tokenizers library is there.
 
     Args:
         model: number of digits -> how many of the model's tokens are numbers of so many.
@@ -131,11 +139,18 @@ def number_warning(model: Mapping[int, int], donor: Mapping[int, int]) -> str | 
     """
     longest = [max((digits for digits, count in counts.items() if count), default=0) for counts in (model, donor)]
     if longest[0] == longest[1]:
-        return None
+        try:
+            own, other = split()
+        except TokenizersMissingError:
+            return None
+        if own.kind == other.kind:
+            return None
+        told = f"the model's tokenizer splits them {own.in_words()}, the donor's {other.in_words()}"
+    else:
+        told = f"the model's tokenizer has {_digits(model, longest[0])}, the donor's {_digits(donor, longest[1])}"
     return (
-        f"numbers: the model's tokenizer has {_digits(model, longest[0])}, the donor's {_digits(donor, longest[1])}: "
-        "numbers are split otherwise from now on, and what the model knows of arithmetic is bound to how they were; "
-        "measure it, and expect to train it anew (arXiv 2506.06607)"
+        f"numbers: {told}: numbers are split otherwise from now on, and what the model knows of arithmetic is bound to "
+        "how they were; measure it, and expect to train it anew (arXiv 2506.06607)"
     )
 
 

@@ -1,24 +1,11 @@
-/* Orthogonal matching pursuit of many targets among the same atoms; see transplant/pursuit.py.
+/* Orthogonal matching pursuit of many targets among the same atoms; see transplantation/pursuit.py.
  *
  * The inner products of all atoms with the residual are estimated from rows of the atoms' Gram matrix, kept as 16-bit
  * cosines, with a bound on the error. The atoms that the bound leaves are compared in float64, so that the picks are
  * those of float64 whatever the estimates were made with. Everything that reaches a result is one IEEE 754 operation
  * after another in float64, in an order that neither the processor nor the level changes.
- *
- * This file is compiled once per level of the instruction set (-DWS_LEVEL=...); see kernels/native/__init__.py.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifndef WS_LEVEL
-#define WS_LEVEL 0
-#endif
-#define PASTE_(a, b) a##b
-#define PASTE(a, b) PASTE_(a, b)
-#define EXPORT __attribute__((visibility("default")))
-#define OF_LEVEL(name) PASTE(name, WS_LEVEL)
+#include "numbers.h"
 
 /* Where a bound of the error stands beside them, products and sums may be rounded once. */
 #ifdef __clang__
@@ -27,10 +14,6 @@
 #define CONTRACT
 #endif
 
-typedef float f32;
-typedef double f64;
-
-#define LANES 16 /* of sums that reach a result */
 #define TILE 1024
 #define COLUMNS 256
 #define COSINE 32767.0 /* a cosine of 1 in the Gram matrix */
@@ -67,12 +50,6 @@ typedef struct {
 enum { RUNNING, DONE, WANTS_ROW, WANTS_BASE };
 
 /* ---- what reaches a result: float64 in a fixed order ---------------------------------------------------------- */
-
-static f64 joined(f64 *part) {
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
-}
 
 #define DOT(name, T)                                                                            \
     static f64 name(const T *restrict a, const f32 *restrict b, int64_t n) {                    \
