@@ -96,8 +96,14 @@ function reach(values, measure) {
   const known = /** @type {number[]} */ (values);
   const from = measure.pivot ?? 0;
   const around = measure.pivot === undefined ? [from] : [from - LEAST_REACH, from + LEAST_REACH];
-  const least = Math.min(...around, known.reduce((one, other) => Math.min(one, other), from));
-  const most = Math.max(...around, known.reduce((one, other) => Math.max(one, other), from));
+  const least = Math.min(
+    ...around,
+    known.reduce((one, other) => Math.min(one, other), from),
+  );
+  const most = Math.max(
+    ...around,
+    known.reduce((one, other) => Math.max(one, other), from),
+  );
   return least === most ? [least, least + 1] : [least, most];
 }
 

@@ -1,7 +1,8 @@
 // The page: its sections in order, their list, and what happens to all plots at once.
 
 // Controls, invisible letters, marks that turn the direction of writing, and halves of characters; lines may break.
-const UNSEEN = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]|\p{Cs}/gu;
+const UNSEEN =
+  /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]|\p{Cs}/gu;
 
 /** A name could turn round the sentence that it stands in, or look like another: what is not seen is written out.
  * @param {string} text */

@@ -97,9 +97,7 @@ function coefficients(data, measures) {
     "The result is fitted by a sum of the models, layer by layer (least squares). No base was named, so the coefficients of all models add up to 1.",
     [...byComponent(data, data.composition, "cells", measure.key)],
     (state, width) => {
-      const known = names.map((_, number) =>
-        layersOf(data, data.composition, state.component, measure.key, number),
-      );
+      const known = names.map((_, number) => layersOf(data, data.composition, state.component, measure.key, number));
       const values = [data.layers.map((_, layer) => rest(known.map((one) => one[layer]))), ...known];
       const all = [data.models[0].label, ...names];
       const series = all.map((name, number) => ({ name, style: number, values: values[number] }));
