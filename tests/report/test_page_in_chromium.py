@@ -2,6 +2,9 @@
 
 import csv
 import io
+import itertools
+import math
+import statistics
 import time
 from dataclasses import replace
 
@@ -295,6 +298,118 @@ def test_what_is_missing_comes_last_in_either_order(show):
         assert shown[-missing:] == ["\u2014"] * missing
         values = numbers(shown[:-missing])
         assert values == sorted(values, key=lambda value, sign=sign: sign * value)
+
+
+def _by_mean(values, sign=-1):
+    """Keys of lists of values by their means, the largest first; keys of nothing last, as they came."""
+    return sorted(values, key=lambda key: sign * statistics.fmean(values[key]) if values[key] else math.inf)
+
+
+def _ticks(page, plot, axis):
+    return page.run(
+        f"[...document.querySelectorAll('{plot}')].map((one) => "
+        f"[...one.querySelectorAll('g[aria-label=\"{axis}-axis tick label\"] text')].map((text) => text.textContent))"
+    )
+
+
+@pytest.mark.parametrize("by", ["components", "layers", "both"])
+def test_heat_maps_are_all_ordered_by_the_mean_over_those_shown(show, saved, by):
+    report = example_report(5, 3)
+    # One model outweighs the others, so its own order would be another.
+    cells = tuple(
+        replace(
+            one, relative=None if one.scope.component == "norm" else one.relative * (10 if one.model == "code" else 1)
+        )
+        for one in report.changes.cells
+    )
+    page = show(replace(report, changes=replace(report.changes, cells=cells)))
+    maps = "#task-vectors-by-layer .panels svg"
+    names = {one.key: one.key.rsplit(".")[-1] for one in report.layers}
+    parts = [one for one in report.components if one != "norm"]
+    assert _ticks(page, maps, "x") == [list(names.values())] * 3
+    assert _ticks(page, maps, "y") == [[one.replace("_", " ") for one in parts]] * 3
+
+    page.run("document.querySelector('#task-vectors-by-layer-models input').click()")
+    choose(page, "task-vectors-by-layer-order", by)
+    shown = [one for one in cells if one.model != "math" and one.relative is not None]
+    layers = {key: [one.relative for one in shown if one.scope.layer == key] for key in names}
+    components = {key: [one.relative for one in shown if one.scope.component == key] for key in parts}
+    across = list(names) if by == "components" else _by_mean(layers)
+    down = parts if by == "layers" else _by_mean(components)
+    assert (across, down) != (list(names), parts)
+    assert _ticks(page, maps, "x") == [[names[one] for one in across]] * 2
+    assert _ticks(page, maps, "y") == [[one.replace("_", " ") for one in down]] * 2
+
+    # The first that is read aloud is the cell at the upper left, and the table has the order of the maps.
+    known = {(one.scope.layer, one.scope.component): one.relative for one in shown if one.model == "code"}
+    expected = [(layer, part) for layer in across for part in (*down, "norm") if (layer, part) in known]
+    page.run(f"document.querySelectorAll('{maps}')[0].focus()")
+    page.key("ArrowRight", 39)
+    said = page.run("document.querySelector('[role=status][aria-live]').textContent")
+    assert f" {names[expected[0][0]]}" in said
+    assert said.endswith(f"{100 * known[expected[0]]:.2f}\u202f%")
+    page.run("document.querySelector('#task-vectors-by-layer .actions button:nth-child(3)').click()")
+    found = [row for row in rows(saved("task-vectors-by-layer.csv"))[1:] if row[1] != "norm"]
+    assert [(row[0], row[1].replace(" ", "_")) for row in found] == expected
+    assert [float(row[2]) for row in found] == pytest.approx([known[one] for one in expected], rel=1e-3)
+    assert page.complaints == []
+
+
+def test_layers_by_value_are_named_where_there_is_room(show):
+    page = show(example_report(60, 1), width=390)
+    choose(page, "task-vectors-by-layer-order", "layers")
+    gaps = page.run(
+        """(() => {
+          const axis = '#task-vectors-by-layer .panels g[aria-label="x-axis tick label"] text';
+          const boxes = [...document.querySelectorAll(axis)].map((one) => one.getBoundingClientRect());
+          return boxes.slice(1).map((one, number) => one.left - boxes[number].right);
+        })()"""
+    )
+    assert len(gaps) > 15
+    assert min(gaps) > 0
+    # A number says which layer it is only with the name of its stack, where there are two.
+    page = show(_two_stacks(example_report(4, 2)))
+    choose(page, "task-vectors-by-layer-order", "layers")
+    ticks = _ticks(page, "#task-vectors-by-layer .panels svg", "x")[0]
+    assert any(one.startswith(("encoder.layers ", "decoder.layers ")) for one in ticks)
+    assert not any(one.isdigit() for one in ticks)
+
+
+@pytest.mark.parametrize(("measure", "sign"), [("cosine", -1), ("distance", 1)])
+def test_models_of_a_matrix_stand_with_the_most_alike_first(show, measure, sign):
+    report = example_report(2, 5)
+    page = show(report)
+    choose(page, "agreement-measure", measure)
+    labels = [one.label for one in report.models]
+    assert _ticks(page, "#agreement .panel svg", "y") == [labels]
+    choose(page, "agreement-order", "alike")
+    known = {frozenset((one.first, one.second)): getattr(one, measure) for one in report.agreements.total}
+    order = _by_mean({label: [value for pair, value in known.items() if label in pair] for label in labels}, sign)
+    assert order != labels
+    assert _ticks(page, "#agreement .panel svg", "x") == _ticks(page, "#agreement .panel svg", "y") == [order]
+    # The rows of the table are the matrix above its diagonal.
+    page.run("document.querySelector('#agreement .actions button').click()")
+    pairs = list(zip(column(page, "#agreement .twin table", 0), column(page, "#agreement .twin table", 1), strict=True))
+    assert pairs == list(itertools.combinations(order, 2))
+    cosines = dict(zip(pairs, numbers(column(page, "#agreement .twin table", 2)), strict=True))
+    expected = {(one.first, one.second): one.cosine for one in report.agreements.total}
+    for pair, cosine in cosines.items():
+        assert cosine == pytest.approx(expected.get(pair, expected.get(pair[::-1])), abs=6e-4)
+    assert page.complaints == []
+
+
+def test_matrices_are_ordered_by_the_overlap_of_their_subspaces(show):
+    report = example_report(3, 3)
+    page = show(report)
+    names = _ticks(page, "#subspace-overlap .panel svg", "y")[0]
+    tensors = dict(zip(dict.fromkeys(one.tensor for one in report.subspaces), names, strict=True))
+    choose(page, "subspace-overlap-order", "value")
+    left = {tensor: [one.left for one in report.subspaces if one.tensor == tensor] for tensor in tensors}
+    expected = [tensors[one] for one in _by_mean(left)]
+    assert _ticks(page, "#subspace-overlap .panel svg", "y") == [expected] != [names]
+    page.run("document.querySelector('#subspace-overlap .actions button').click()")
+    assert list(dict.fromkeys(column(page, "#subspace-overlap .twin table", 0))) == expected
+    assert page.complaints == []
 
 
 def test_distribution_has_what_grew_above_and_what_fell_below_its_axis(show):

@@ -43,6 +43,7 @@ function byCell(data, measures) {
       { value: "own", label: "a scale for each" },
       { value: "log", label: "one scale, logarithmic" },
     ]),
+    ofMaps(),
     ...(names.length > 1 ? [pick("models", "Models", names)] : []),
   ];
   return figure(
@@ -59,6 +60,7 @@ function byCell(data, measures) {
         shown.map((/** @type {number} */ one) => ({ name: names[one], values: all[one] })),
         measure,
         state.scale,
+        state.order,
         width,
       );
     },
@@ -71,11 +73,13 @@ function byCell(data, measures) {
  * @param {{name: string, values: (number | null)[]}[]} shown
  * @param {Measure} measure
  * @param {string} kind of scale: shared, own or log
+ * @param {string} by what they are ordered
  * @param {number} width
  * @returns {Drawn}
  */
-function maps(data, shown, measure, kind, width) {
-  const table = cellTable(data, shown, measure);
+function maps(data, shown, measure, kind, by, width) {
+  const order = mapOrder(data, shown, by);
+  const table = cellTable(data, shown, measure, order);
   const known = shown.filter((one) => one.values.some((value) => value !== null));
   if (!known.length) return { nodes: [element("p", { class: "quiet" }, "Nothing is chosen that has values.")], table };
   const step = cellWidth(data, known.length, width);
@@ -86,7 +90,7 @@ function maps(data, shown, measure, kind, width) {
   );
   const panels = known.map(({ name, values }) => {
     const scale = kind === "own" ? colours(measure, values) : shared;
-    const made = heatMap(data, name, values, measure, scale, step);
+    const made = heatMap(data, name, values, measure, scale, step, order);
     if (kind === "own") made.append(ramp(measure, scale));
     return made;
   });
@@ -98,11 +102,12 @@ function maps(data, shown, measure, kind, width) {
  * @param {Data} data
  * @param {{name: string, values: (number | null)[]}[]} shown
  * @param {Measure} measure
+ * @param {Order} order
  */
-function cellTable(data, shown, measure) {
-  const rows = data.cells.map(([layer, component], number) => [
-    data.layers[layer].key,
-    componentName(data.components[component]),
+function cellTable(data, shown, measure, order) {
+  const rows = order.cells.map((number) => [
+    data.layers[data.cells[number][0]].key,
+    componentName(data.components[data.cells[number][1]]),
     ...shown.map((one) => one.values[number] ?? null),
   ]);
   return tableOf(

@@ -174,8 +174,9 @@ function entry(marks, name) {
  * The axis of layers, and which of its ticks have room for a number.
  * @param {Data} data
  * @param {number} step pixels from layer to layer
+ * @param {number[] | null} [order] of the layers, where it is not the model's
  */
-function layerAxis(data, step) {
+function layerAxis(data, step, order = null) {
   const layers = data.layers;
   const every = [1, 2, 5, 10, 20, 50, 100].find((one) => one * step >= 22) ?? 200;
   const words = layers.flatMap((one, number) => (one.where === "layer" ? [] : [number]));
@@ -189,6 +190,19 @@ function layerAxis(data, step) {
     return where === "layer" ? String(index) : where;
   };
   const many = stacks(data);
+  if (order) {
+    // Numbers that do not run say nothing of those between: as many stand as have room, with the stack's name if need be.
+    const name = (/** @type {number} */ one) =>
+      many.length > 1 && layers[one].where === "layer" ? layerName(data, one) : format(one);
+    let free = -Infinity;
+    const fitting = order.filter((number, place) => {
+      const half = 3.5 * name(number).length + 2;
+      if (place * step - half < free) return false;
+      free = place * step + half;
+      return true;
+    });
+    return { domain: order, ticks: fitting, tickFormat: name, label: "layers, by value", labelArrow: "none" };
+  }
   const label = many.length > 1 ? `layers of ${many.join(", then of ")}` : "layer";
   return { domain: layers.map((_, number) => number), ticks, tickFormat: format, label, labelArrow: "none" };
 }

@@ -2,6 +2,50 @@
 
 const LABELS = 104;
 
+/** A control over the order of heat maps.
+ * @returns {Control} */
+function ofMaps(label = "Order") {
+  return choose("order", label, [
+    { value: "model", label: "as in the model" },
+    { value: "components", label: "components by value" },
+    { value: "layers", label: "layers by value" },
+    { value: "both", label: "both by value" },
+  ]);
+}
+
+/** Numbers of things by the mean of what is known of each; where nothing is known comes last.
+ * @param {(number | null)[][]} values of each thing
+ * @param {number} [direction] -1 for the largest first
+ * @returns {number[]} */
+function byMean(values, direction = -1) {
+  const means = values.map((one) => /** @type {Value} */ (d3.mean(one) ?? null));
+  return means
+    .map((_, number) => number)
+    .sort((one, other) => compare(means[one], means[other], direction) || one - other);
+}
+
+/**
+ * The order of heat maps: one for all that are shown, so that the same place is the same cell in each.
+ * @param {Data} data
+ * @param {{values: (number | null)[]}[]} shown
+ * @param {string} by model, components, layers or both
+ * @returns {Order}
+ */
+function mapOrder(data, shown, by) {
+  const [layers, components] = [data.layers, data.components].map((all, side) => {
+    const known = all.map(() => /** @type {(number | null)[]} */ ([]));
+    if (by === "both" || by === ["layers", "components"][side])
+      data.cells.forEach((cell, number) => known[cell[side]].push(...shown.map((one) => one.values[number] ?? null)));
+    return byMean(known);
+  });
+  const cells = d3.sort(
+    data.cells.keys(),
+    (/** @type {number} */ one) => layers.indexOf(data.cells[one][0]),
+    (/** @type {number} */ one) => components.indexOf(data.cells[one][1]),
+  );
+  return { layers: by === "model" || by === "components" ? null : layers, components, cells };
+}
+
 /** How wide the cells of heat maps are, and how many maps stand side by side.
  * @param {Data} data
  * @param {number} count
@@ -21,17 +65,16 @@ function cellWidth(data, count, width) {
  * @param {Measure} measure
  * @param {Colours} scale
  * @param {number} step width of a cell
+ * @param {Order} order
  */
-function heatMap(data, title, values, measure, scale, step) {
+function heatMap(data, title, values, measure, scale, step, order) {
   const { ink } = theme();
-  const rows = data.cells.flatMap(([layer, component], number) =>
-    values[number] === null || values[number] === undefined
-      ? []
-      : [{ layer, component, value: /** @type {number} */ (values[number]) }],
-  );
-  const components = data.components
-    .map((_, number) => number)
-    .filter((one) => rows.some((row) => row.component === one));
+  const rows = order.cells.flatMap((number) => {
+    const [layer, component] = data.cells[number];
+    const value = values[number];
+    return value === null || value === undefined ? [] : [{ layer, component, value }];
+  });
+  const components = order.components.filter((one) => rows.some((row) => row.component === one));
   const height = 22;
   const made = picture({
     width: LABELS + step * data.layers.length + 12,
@@ -40,7 +83,7 @@ function heatMap(data, title, values, measure, scale, step) {
     marginRight: 12,
     marginTop: 6,
     marginBottom: 40,
-    x: { ...layerAxis(data, step), type: "band", padding: 0, tickSize: 3 },
+    x: { ...layerAxis(data, step, order.layers), type: "band", padding: 0, tickSize: 3 },
     y: {
       type: "band",
       domain: components,
@@ -83,19 +126,19 @@ function heatMap(data, title, values, measure, scale, step) {
  * @param {(number | null)[][]} values
  * @param {Measure} measure
  * @param {Colours} scale
+ * @param {number[]} domain models in the order of rows and columns
  */
-function matrix(names, values, measure, scale) {
+function matrix(names, values, measure, scale, domain) {
   const longest = Math.max(...names.map((one) => shortened(one, 18).length));
   const side = names.length > 6 ? 64 : Math.min(112, Math.max(68, 14 + 7 * longest));
   const left = 14 + 7 * longest;
-  const rows = names.flatMap((_, first) =>
-    names.flatMap((_, second) => {
+  const rows = domain.flatMap((first) =>
+    domain.flatMap((second) => {
       const value = values[first][second];
       return value === null ? [] : [{ first, second, value }];
     }),
   );
   const name = (/** @type {number} */ one) => shortened(names[one], 18);
-  const domain = names.map((_, number) => number);
   const height = Math.min(side, 44);
   const made = picture({
     width: left + side * names.length + 8,

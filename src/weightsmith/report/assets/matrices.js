@@ -142,6 +142,14 @@ function subspaces(data) {
           { value: "left", label: "left: of outputs" },
           { value: "right", label: "right: of inputs" },
         ]),
+        ...(names.size > 1
+          ? [
+              choose("order", "Order", [
+                { value: "model", label: "as in the model" },
+                { value: "value", label: "matrices by value" },
+              ]),
+            ]
+          : []),
         ...(pairs.length > 1 ? [pick("pairs", "Pairs", pairs, 6)] : []),
       ],
       (state, width) => {
@@ -157,7 +165,11 @@ function subspaces(data) {
             value: left ? one.left : one.right,
             chance: left ? one.chanceLeft : one.chanceRight,
           }));
-        return dotDrawing(found, ["Matrix", "Pair"], measure, width);
+        const rows = [...new Set(found.map((one) => one.row))];
+        const grouped = rows.map((row) => found.filter((one) => one.row === row));
+        const order = byMean(grouped.map((group) => group.map((one) => one.value)));
+        const listed = state.order === "value" ? order.flatMap((number) => grouped[number]) : found;
+        return dotDrawing(listed, ["Matrix", "Pair"], measure, width);
       },
       sampled(data, "subspaces"),
     ),

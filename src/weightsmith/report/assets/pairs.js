@@ -16,15 +16,22 @@ const AGREEMENTS = [
     label: "conflicting mass",
     unit: "share",
     about: "share of both task vectors' mass against the sign that the two elect",
+    apart: true,
   },
   { key: "bothMoved", label: "entries that both moved", unit: "share", about: "" },
   { key: "equal", label: "entries that are equal", unit: "share", about: "" },
-  { key: "distance", label: "distance of the models", unit: "norm", about: "" },
+  { key: "distance", label: "distance of the models", unit: "norm", about: "", apart: true },
 ];
 /** @type {Measure[]} */
 const CONFLICTS = [
   { key: "share", label: "conflicting mass of all models", unit: "share", about: "" },
   { key: "contested", label: "contested entries", unit: "share", about: "" },
+];
+
+/** @type {Option[]} */
+const ALIKE = [
+  { value: "model", label: "as given" },
+  { value: "alike", label: "most alike first" },
 ];
 
 /** @param {Data} data */
@@ -80,7 +87,11 @@ function overall(data) {
     "agreement",
     "Each two models, over all layers",
     "The cosine is 1 where two task vectors point the same way, 0 where they have nothing to do with each other, −1 where one undoes the other.",
-    [ofMeasure(measures), ...byComponent(data, data.agreements, "components", measures[0].key)],
+    [
+      ofMeasure(measures),
+      ...byComponent(data, data.agreements, "components", measures[0].key),
+      ...(names.length > 2 ? [choose("order", "Order", ALIKE)] : []),
+    ],
     (state) => {
       const measure = /** @type {Measure} */ (measures.find((one) => one.key === state.measure));
       const values = names.map(() => names.map(() => /** @type {number | null} */ (null)));
@@ -91,18 +102,35 @@ function overall(data) {
         values[column][row] = value;
       });
       const scale = colours(measure, values.flat());
-      const rows = data.pairs.map(([first, second], pair) => [
-        data.models[first].label,
-        data.models[second].label,
+      const own = names.map((_, number) => number);
+      const order = state.order === "alike" ? byMean(values, measure.apart ? 1 : -1) : own;
+      const rows = pairsIn(data, order).map(([first, second, pair]) => [
+        names[first],
+        names[second],
         ...measures.map((one) => figureOf(data, data.agreements, state.component, one.key, pair)),
       ]);
       const heads = measures.map((one) => /** @type {[string, Unit]} */ ([one.label, one.unit]));
       return {
-        nodes: [ramp(measure, scale), matrix(names, values, measure, scale)],
+        nodes: [ramp(measure, scale), matrix(names, values, measure, scale, order)],
         table: tableOf([["First", "text"], ["Second", "text"], ...heads], rows),
       };
     },
   );
+}
+
+/** The inputs of pairs and their numbers, as a matrix with that order of the inputs has them above its diagonal.
+ * @param {Data} data
+ * @param {number[]} order */
+function pairsIn(data, order) {
+  const place = (/** @type {number} */ input) => order.indexOf(input);
+  return data.pairs
+    .map((both, pair) => {
+      const [first, second] = both
+        .map((one) => data.inputs.indexOf(one))
+        .sort((one, other) => place(one) - place(other));
+      return [first, second, pair];
+    })
+    .sort((one, other) => place(one[0]) - place(other[0]) || place(one[1]) - place(other[1]));
 }
 
 /** @param {Data} data */
@@ -117,6 +145,7 @@ function byLayer(data) {
       { value: "maps", label: "heat maps" },
     ]),
     ...byComponent(data, data.agreements, "cells", measures[0].key),
+    ofMaps("Order of heat maps"),
     ...(names.length > 1 ? [pick("pairs", "Pairs", names, 6)] : []),
   ];
   return figure(
@@ -134,7 +163,7 @@ function byLayer(data) {
           name: names[one],
           values: all[one] ?? data.cells.map(() => null),
         }));
-        return maps(data, chosen, measure, "shared", width);
+        return maps(data, chosen, measure, "shared", state.order, width);
       }
       const series = shown.map((/** @type {number} */ one) => ({
         name: names[one],
@@ -181,7 +210,7 @@ function conflict(data) {
     "conflict",
     "All models together",
     "Conflicting mass is the share of all task vectors' mass against the elected sign: the sum of min(P, M) over the sum of P + M, where P adds up positive values of the models and M the sizes of negative ones (TIES, arXiv:2306.01708, without trimming); at most 50%. Contested entries are those that two or more models move, not all in one direction.",
-    [ofMeasure(measures)],
+    [ofMeasure(measures), ofMaps()],
     (state, width) => {
       const measure = /** @type {Measure} */ (measures.find((one) => one.key === state.measure));
       return maps(
@@ -189,6 +218,7 @@ function conflict(data) {
         [{ name: "", values: data.conflicts.cells?.[measure.key]?.[0] ?? [] }],
         measure,
         "shared",
+        state.order,
         width,
       );
     },

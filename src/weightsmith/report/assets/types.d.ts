@@ -209,6 +209,8 @@ interface Measure {
   label: string;
   unit: Unit;
   about: string;
+  /** Two models that are more alike have less of it. */
+  apart?: boolean;
   pivot?: number;
   most?: number;
 }
@@ -227,6 +229,12 @@ interface Colours {
   domain: number[];
   pivot?: number;
   interpolate: (t: number) => string;
+}
+/** How heat maps stand: numbers of layers (null: as in the model), of components and of cells. */
+interface Order {
+  layers: number[] | null;
+  components: number[];
+  cells: number[];
 }
 /** A line, or the dots of one model or pair; `style` chooses colour, dash and symbol. */
 interface Series {
