@@ -612,7 +612,8 @@ def test_theme_follows_the_system_until_one_is_chosen(show):
     assert page.run(ground) == "rgb(20, 23, 26)"
     page.media(prefers_color_scheme="light")
     page.wait(f"{ground} === 'rgb(255, 255, 255)'")
-    assert page.run(cell) != dark
+    # Figures are drawn anew when the page comes to it.
+    page.wait(f"{cell} !== {dark!r}")
 
 
 def test_paper_is_white_and_all_plots_are_on_it(show):
