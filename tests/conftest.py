@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hypothesis import settings
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 WriteModel = Callable[..., Path]
 
+# Jobs in the background of a script ignore Ctrl-C, and so would every process that they start: these tests' included.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long a case takes says more of the other work on a machine than of the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
